@@ -1,0 +1,19 @@
+"""Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
+
+from . import functional, reference
+from .functional import cross_entropy
+from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy
+from .reference import RowStats
+from .spec import ArgumentError, LossSpec
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArgumentError",
+    "CrossEntropyLoss",
+    "LabelSmoothingCrossEntropy",
+    "LossSpec",
+    "RowStats",
+    "cross_entropy",
+    "functional",
+    "reference",
+]

@@ -1,0 +1,151 @@
+"""Which kernels exist, what each can serve, and why not: the one place where a backend is chosen."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import ops
+from .spec import FLOAT_DTYPES, ArgumentError, Rows
+
+CORE = frozenset({"index target"})
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the row operators.
+
+    ``load`` makes its ops callable and returns None, or the reason why it cannot; it runs once, when the backend is first asked for.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    features: frozenset[str] | None  # None: all of them
+    load: Callable[[], str | None]
+    kernels: ops.Kernels | None
+
+    def unavailable(self) -> str | None:
+        """Why this backend does not work on this machine, or None."""
+        return _load_once(self.name)
+
+    def why_not(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> list[str]:
+        """The reasons why this backend cannot serve a call; empty when it can."""
+        reasons = []
+        if device not in self.devices:
+            reasons.append(f"it serves {' and '.join(self.devices)} tensors, not {device}")
+        if dtype not in self.dtypes:
+            reasons.append(f"it does not serve {dtype}")
+        if self.features is not None and (missing := sorted(features - self.features)):
+            reasons.append(f"it does not serve {', '.join(missing)} yet")
+        if not reasons and (reason := self.unavailable()):
+            reasons.append(reason)
+        return reasons
+
+
+def _load_cpu() -> str | None:
+    try:
+        importlib.import_module("labelsmooth_kernels._C")
+    except ImportError as error:
+        return _explain_missing_extension(error)
+    return None
+
+
+def build_info() -> dict[str, str | None]:
+    """What setup.py recorded about the compiled extension; empty where the package was never built."""
+    path = Path(__file__).with_name("_build_info.json")
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _explain_missing_extension(error: ImportError) -> str:
+    info = build_info()
+    if not info.get("built"):
+        return f"the compiled extension was not built ({info.get('reason') or 'no record of a build'})"
+    built_for = str(info.get("torch"))
+    if built_for != torch.__version__:
+        return f"the compiled extension was built for torch {built_for} and this is torch {torch.__version__}: reinstall the package"
+    return f"the compiled extension does not import: {error}"
+
+
+def _load_triton() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 4):
+        return f"Triton {triton.__version__} is older than 3.4"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels on the CPU for tests)"
+    logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
+    for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
+        ops.implement("triton", key, logits)
+    return None
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+_HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "C++ kernels, SIMD and threads", ("cpu",), FLOAT_DTYPES, CORE, _load_cpu, ops.define("cpu")),
+        Backend(
+            "triton", "Triton kernels", _triton_devices(), _HALF_AND_SINGLE, CORE, _load_triton, ops.define("triton")
+        ),
+        Backend("reference", "plain PyTorch", ("cpu", "cuda"), FLOAT_DTYPES, None, lambda: None, None),
+    )
+}
+
+
+@functools.cache
+def _load_once(name: str) -> str | None:
+    return BACKENDS[name].load()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
+
+
+@functools.cache
+def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> Backend:
+    if named is not None:
+        if named not in BACKENDS:
+            raise ArgumentError(f"backend must be one of {sorted(BACKENDS)} or None, got {named!r}")
+        if reasons := BACKENDS[named].why_not(device, dtype, features):
+            raise ArgumentError(f"backend={named!r} cannot serve this call: {'; '.join(reasons)}")
+        return BACKENDS[named]
+    refused = []
+    for backend in BACKENDS.values():
+        if backend.devices[0] != device and backend.name != "reference":
+            continue  # the interpreter serves CPU tensors only where it is named
+        reasons = backend.why_not(device, dtype, features)
+        if reasons:
+            refused.append(f"{backend.name}: {'; '.join(reasons)}")
+            continue
+        if backend.name == "reference" and refused:
+            _warn_once(f"labelsmooth_kernels: served by the plain PyTorch reference ({' | '.join(refused)})")
+        return backend
+    raise ArgumentError(f"input must be on one of the devices 'cpu' and 'cuda', got {device!r}")
+
+
+def select(rows: Rows) -> Backend:
+    """The best backend that can serve a call, or the one it names; where that cannot, an error that says why.
+
+    A fall from a fast backend to the reference warns once, with the reason.
+    """
+    features = rows.spec.features(index_target=rows.index_target)
+    return _choose(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)

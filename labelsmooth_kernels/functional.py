@@ -1,0 +1,196 @@
+"""The public function: one gate, one choice of backend, one autograd.Function for each form, one reduction."""
+
+from __future__ import annotations
+import os
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, reference
+from .autograd import OnePass, Recompute, row_arguments
+from .reference import RowStats
+from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+    smoothing: str | Tensor = "uniform",
+    smooth_over: str = "all",
+    class_dim: int = 1,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """DOC"""
+    spec = LossSpec(
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        smooth_over=smooth_over,
+        class_dim=class_dim,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        row_weight=row_weight,
+        normalizer=normalizer,
+        inplace=inplace,
+        return_stats=return_stats,
+        backend=backend,
+    )
+    return apply_spec(input, target, spec)
+
+
+def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
+    rows, shape = _prepare(input, target, spec)
+    chosen = backends.select(rows)
+    if chosen.kernels is None:
+        check_targets(rows)
+        reduced, stats = _by_reference(rows)
+    else:
+        if os.environ.get(CHECK_TARGETS) == "1":
+            check_targets(rows)
+        reduced, stats = _by_kernels(rows, chosen.kernels)
+    if spec.reduction == "none":
+        reduced = reduced.reshape(shape)
+    return (reduced, RowStats(*(value.reshape(shape) for value in stats))) if stats is not None else reduced
+
+
+# ---- the gate
+
+
+CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
+
+
+def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
+    """Check the tensors against each other and flatten them to rows; returns the rows and the shape of one value per row."""
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if input.dtype not in FLOAT_DTYPES:
+        raise NotImplementedError(f"input must have one of the dtypes {FLOAT_DTYPES}, got {input.dtype}")
+    if input.dim() == 0:
+        raise ArgumentError("input must have shape (K,), (N, K) or (N, K, d1, ...), got a 0-dimensional tensor")
+    class_dim = 0 if input.dim() == 1 else spec.class_dim
+    if not -input.dim() <= class_dim < input.dim():
+        raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
+    if target.device != input.device:
+        raise ArgumentError(f"target must be on the device of input ({input.device}), got {target.device}")
+    class_last = input.movedim(class_dim, -1)
+    shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
+    row_target = _row_target(input, target, class_dim, shape)
+    logits = class_last.reshape(shape.numel(), num_classes)
+    if num_classes > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    _check_class_vectors(spec, num_classes)
+    eps = spec.label_smoothing
+    if isinstance(eps, Tensor):
+        eps = _per_row("label_smoothing", eps, shape, logits)
+    row_weight = None if spec.row_weight is None else _per_row("row_weight", spec.row_weight, shape, logits)
+    if row_weight is not None and row_weight.numel() != logits.shape[0]:
+        row_weight = row_weight.expand(logits.shape[0])
+    return Rows(spec, logits, row_target, eps, row_weight), shape
+
+
+def _row_target(input: Tensor, target: Tensor, class_dim: int, shape: torch.Size) -> Tensor:
+    """The target as (N,) contiguous int64 indices or (N, K) probabilities."""
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise ArgumentError(f"target of the shape of input holds class probabilities and must be floating point, got {target.dtype}")
+        return target.movedim(class_dim, -1).reshape(shape.numel(), input.shape[class_dim])
+    if target.dtype not in INDEX_DTYPES:
+        raise ArgumentError(f"target of class indices must have one of the dtypes {INDEX_DTYPES}, got {target.dtype}")
+    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
+        hint = "" if input.dim() < 3 else "; with the classes last, as in (B, T, K), pass class_dim=-1"
+        raise ArgumentError(f"target must have shape {tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}{hint}")
+    return target.reshape(-1).to(torch.int64).contiguous()
+
+
+def _check_class_vectors(spec: LossSpec, num_classes: int) -> None:
+    for name, vector in (("weight", spec.weight), ("smoothing", spec.smoothing)):
+        if isinstance(vector, Tensor) and vector.shape != (num_classes,):
+            raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
+    if spec.smoothing == "others" and num_classes == 1 and spec.smooths:
+        raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over")
+
+
+def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
+    """A tensor option of one value or one per row, flat, in the dtype of the arithmetic."""
+    if values.numel() != 1 and values.shape != shape:
+        raise ArgumentError(f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}")
+    if values.device != logits.device:
+        raise ArgumentError(f"{name} must be on the device of input ({logits.device}), got {values.device}")
+    return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
+
+
+def check_targets(rows: Rows) -> None:
+    """Raise IndexError for the first target that is neither a class nor ignore_index (synchronises with a GPU)."""
+    if not rows.index_target or torch.compiler.is_compiling():
+        return
+    target, num_classes, ignored = rows.target, rows.logits.shape[-1], rows.spec.ignore_index
+    bad = (target != ignored) & ((target < 0) | (target >= num_classes))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target must be in [0, {num_classes}) or ignore_index={ignored}, got {int(target[row])} in row {row}"
+        )
+
+
+# ---- from rows to the result
+
+
+def _denominator(rows: Rows) -> Tensor | None:
+    """What a mean divides by, on the device; None for other reductions."""
+    spec = rows.spec
+    if spec.reduction != "mean":
+        return None
+    if spec.normalizer is None:
+        return reference.normalizer(rows)
+    acc = accumulate_dtype(rows.logits.dtype)
+    if isinstance(spec.normalizer, Tensor):
+        return spec.normalizer.reshape(()).to(rows.logits.device, acc)
+    return torch.full((), spec.normalizer, dtype=acc, device=rows.logits.device)
+
+
+def _reduce(loss: Tensor, rows: Rows) -> Tensor:
+    if rows.row_weight is not None:
+        loss = loss * rows.row_weight
+    if rows.spec.reduction == "none":
+        return loss
+    denominator = _denominator(rows)
+    return loss.sum() if denominator is None else loss.sum() / denominator
+
+
+def _by_reference(rows: Rows) -> tuple[Tensor, RowStats | None]:
+    stats = reference.row_stats(rows) if rows.spec.return_stats else None
+    return _reduce(reference.row_losses(rows), rows), stats
+
+
+def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | None]:
+    spec, logits = rows.spec, rows.logits
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        row = (*row_arguments(rows), None, spec.ignore_index)
+        loss, *stats, _ = kernels.forward(logits, *row, False, spec.return_stats)
+        reduced = _reduce(loss, rows)
+    elif spec.reduction == "none" or logits.dtype == torch.float16:
+        loss, *stats = Recompute.apply(logits, rows, kernels)
+        reduced = _reduce(loss, rows)
+    else:
+        reduced, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))
+    if not spec.return_stats:
+        return reduced, None
+    zmax, logsum, nll, prediction = stats
+    return reduced, RowStats(nll, zmax + logsum, (-logsum).exp(), prediction)

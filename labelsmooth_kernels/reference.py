@@ -1,0 +1,190 @@
+"""The maths of the loss, once, in plain PyTorch: any option, dtype and device, differentiable any number of times.
+
+One row: logits x (K values), transformed logits z = cap(s·x) with scale s and cap(v) = c·tanh(v/c), target weights q of mass
+M = Σ q, z-loss factor ζ, row factor g (row weight × upstream gradient / normaliser).
+
+    lse  = log Σ exp z                                      p  = exp(z - lse)
+    loss = M·lse - Σ q·z + ζ·lse²                           dz = (M + 2ζ·lse)·p - q
+    dx   = g · dz · s · cap'(s·x)
+
+*Derivation.* With q fixed, ∂lse/∂z_k = exp z_k / Σ exp z = p_k, so ∂loss/∂z_k = M·p_k - q_k + 2ζ·lse·p_k. For ζ = 0 and M = 1
+this is the textbook p - q; it holds for every q, which is why each option is a choice of q, z or g and never a new formula:
+
+    plain                       q_k = [k=y]
+    smoothing="uniform"         q_k = (1-ε)[k=y] + ε/K                       Szegedy et al. 2016, PyTorch
+    smoothing="others"          1-ε on y, ε/(K-1) elsewhere                  = "uniform" with ε' = ε·K/(K-1)
+    smoothing=u                 q_k = (1-ε)[k=y] + ε·u_k                     a prior, Σu = 1
+    smooth_over="finite"        uniform or u over the classes with z_k > -inf, renormalised (K counts those)
+    class probabilities t       q_k = (1-ε)·t_k + ε·r_k
+    class weights w             w_k·q_k
+
+*Optimum.* dz = 0 where p = q/M. For "others" that means exp(z_y - z_other) = (1-ε)(K-1)/ε: the gap between the target's logit
+and the rest is log((K-1)(1-ε)/ε), finite for every ε > 0, and the loss there is the entropy of q. Hard targets (ε = 0) ask for
+an infinite gap. :func:`optimal_gap` is that number; the tests descend to it.
+
+*Numerics.* Σ q·z and lse are large where the logits are, and their difference is not: everything is computed on z - max z,
+
+    loss = M·logsum - Σ q·(z - zmax) + ζ·lse²               logsum = log Σ exp(z - zmax)      lse = zmax + logsum
+
+which is the same number, since Σ q·zmax = M·zmax. A class with q = 0 contributes 0 even where z = -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import LossSpec, Rows, accumulate_dtype
+
+
+class RowStats(NamedTuple):
+    """By-products of the loss, one value per row, detached. Ignored rows have nll 0 and are otherwise like any other."""
+
+    nll: Tensor
+    """-log p_y without smoothing or class weights (what perplexity is computed from); for probabilities t, -Σ t·log p"""
+    lse: Tensor
+    """log Σ exp z"""
+    confidence: Tensor
+    """max p"""
+    prediction: Tensor
+    """argmax z, int64"""
+
+
+def weights(e: float | Tensor, K: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """(a, b) of the uniform form q = a·[k=y] + b: a = 1 - e, b = e/K."""
+    return 1 - e, e / K
+
+
+def uniform_epsilon(eps: float | Tensor, K: int | Tensor, smoothing: str | Tensor) -> float | Tensor:
+    """The ε of the uniform form for a convention: ε·K/(K-1) for "others", ε itself otherwise."""
+    return eps * K / (K - 1) if isinstance(smoothing, str) and smoothing == "others" else eps
+
+
+def optimal_gap(eps: float, K: int, smoothing: str = "uniform") -> float:
+    """z_y - z_other at the minimum of the loss: log((K-1)(1-ε)/ε) for "others", log(1 + K(1-ε)/ε) for "uniform".
+
+    >>> round(optimal_gap(0.1, 10, "others"), 4) == round(math.log(9 * 0.9 / 0.1), 4)
+    True
+    """
+    a, b = weights(float(uniform_epsilon(eps, K, smoothing)), K)
+    return math.log((a + b) / b) if b > 0 else math.inf
+
+
+def row_loss(z: Tensor, q: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, zmax, logsum) of transformed logits z (N, K) and target weights q (N, K), each (N,)."""
+    zmax = z.detach().amax(-1)
+    shifted = z - zmax.clamp_min(torch.finfo(z.dtype).min)[:, None]
+    logsum = shifted.exp().sum(-1).log()
+    absent = (q == 0) & (shifted == -math.inf)
+    loss = q.sum(-1) * logsum - (q * torch.where(absent, 0.0, shifted)).sum(-1)
+    if z_loss:
+        loss = loss + z_loss * (zmax + logsum).square()
+    return loss, zmax, logsum
+
+
+def dz(z: Tensor, q: Tensor, zmax: Tensor, logsum: Tensor, z_loss: float = 0.0) -> Tensor:
+    """The gradient of :func:`row_loss` in z: (M + 2ζ·lse)·p - q, the closed form that the kernels compute."""
+    p = ((z - zmax.clamp_min(torch.finfo(z.dtype).min)[:, None]) - logsum[:, None]).exp()
+    mass = q.sum(-1) + 2 * z_loss * (zmax + logsum)
+    return mass[:, None] * p - q
+
+
+def merge(piece: tuple[Tensor, Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Merge two pieces of a row, each (m, s, d, mass) = (max z, Σ exp(z - m), Σ q·(z - m), Σ q): rescale, never subtract sums."""
+    (m1, s1, d1, mass1), (m2, s2, d2, mass2) = piece, other
+    m = torch.maximum(m1, m2)
+
+    def shift(mi: Tensor) -> Tensor:  # a piece that is all -inf contributes exactly nothing
+        return torch.where(mi == m, 0.0, mi - m)
+
+    def moved(di: Tensor, massi: Tensor, mi: Tensor) -> Tensor:
+        return torch.where(massi == 0, di, di + massi * shift(mi))
+
+    s = s1 * shift(m1).exp() + s2 * shift(m2).exp()
+    return m, s, moved(d1, mass1, m1) + moved(d2, mass2, m2), mass1 + mass2
+
+
+def transform(logits: Tensor, spec: LossSpec) -> Tensor:
+    """z = cap(s·x) in the dtype of the arithmetic; -inf stays -inf under the cap (a masked class is masked, not capped)."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if spec.logit_scale != 1.0:
+        z = z * spec.logit_scale
+    if spec.softcap is not None:
+        z = torch.where(z == -math.inf, z, spec.softcap * torch.tanh(z / spec.softcap))
+    return z
+
+
+def smoothing_distribution(z: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor | int]:
+    """(r, n): what ε is spread over, (K,) or (N, K) summing to 1, and the number of classes it covers."""
+    K = z.shape[-1]
+    prior = spec.smoothing.to(z) if isinstance(spec.smoothing, Tensor) else z.new_ones(K)
+    if spec.smooth_over == "finite":
+        finite = z.detach() > -math.inf
+        r = torch.where(finite, prior, 0.0)
+        n = finite.sum(-1, keepdim=True).to(z.dtype)
+        return r / r.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny), n
+    return (prior if isinstance(spec.smoothing, Tensor) else prior / K), K
+
+
+def unsmoothed_targets(rows: Rows, z: Tensor) -> Tensor:
+    """(N, K): one-hot of an index target, zero for an ignored row, NaN for an index outside [0, K); or the probabilities."""
+    if not rows.index_target:
+        return rows.target.to(z.dtype)
+    K = z.shape[-1]
+    inside = (rows.target >= 0) & (rows.target < K)
+    classes = torch.arange(K, device=z.device)
+    hot = (classes == rows.target[:, None]).to(z.dtype)
+    return torch.where((inside | ~rows.valid)[:, None], hot, math.nan)
+
+
+def target_weights(rows: Rows, z: Tensor, unsmoothed: Tensor) -> Tensor:
+    """q (N, K) by the table of this module."""
+    spec, eps = rows.spec, rows.eps
+    if spec.smooths:
+        if isinstance(eps, Tensor):
+            eps = eps.reshape(-1, 1)
+        r, n = smoothing_distribution(z, spec)
+        e = uniform_epsilon(eps, n, spec.smoothing)
+        if isinstance(n, Tensor) and isinstance(e, Tensor):  # a row with one finite class has no others to smooth over
+            e = torch.where(n > 1, e, 0.0) if spec.smoothing == "others" else e
+        q = (1 - e) * unsmoothed + e * r
+    else:
+        q = unsmoothed
+    return q if spec.weight is None else q * spec.weight.to(q.dtype)
+
+
+def row_losses(rows: Rows) -> Tensor:
+    """The loss of every row (N,), row weights not applied; 0 and no gradient for an ignored row, whatever its logits hold."""
+    z = transform(rows.logits, rows.spec)
+    if rows.index_target:
+        z = torch.where(rows.valid[:, None], z, 0.0)
+    loss, _, _ = row_loss(z, target_weights(rows, z, unsmoothed_targets(rows, z)), rows.spec.z_loss)
+    return torch.where(rows.valid, loss, 0.0) if rows.index_target else loss
+
+
+@torch.no_grad()
+def row_stats(rows: Rows) -> RowStats:
+    """The statistics of every row."""
+    z = transform(rows.logits, rows.spec)
+    nll, zmax, logsum = row_loss(z, unsmoothed_targets(rows, z))
+    if rows.index_target:
+        nll = torch.where(rows.valid, nll, 0.0)
+    return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1))
+
+
+def normalizer(rows: Rows) -> Tensor:
+    """The denominator of reduction="mean": Σ over the valid rows of row weight × class weight of the target; for class
+    probabilities, Σ of row weights (the number of rows where there are none), as PyTorch has it."""
+    if not rows.index_target:
+        ones = rows.logits.new_ones(rows.logits.shape[0], dtype=accumulate_dtype(rows.logits.dtype))
+        return ones.sum() if rows.row_weight is None else rows.row_weight.sum()
+    counted: Tensor = rows.valid
+    if rows.spec.weight is not None:
+        inside = counted & (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
+        counted = torch.where(inside, rows.spec.weight[torch.where(inside, rows.target, 0)], 0.0)
+    if rows.row_weight is not None:
+        counted = torch.where(rows.valid, counted * rows.row_weight, 0.0)
+    return counted.sum().to(accumulate_dtype(rows.logits.dtype))

@@ -1,0 +1,148 @@
+"""Every option of the loss in one frozen object, checked once; the call it describes, flattened to rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """A bad argument. ``torch.nn.functional.cross_entropy`` raises ValueError for some and RuntimeError for others: this is both,
+    so that code which catches either keeps working."""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the loss: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Raise an :class:`ArgumentError` that names the argument, its value and what is allowed, unless ``condition``."""
+    if not condition:
+        raise ArgumentError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _describe(value: object) -> object:
+    return f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class LossSpec:
+    """The options of :func:`labelsmooth_kernels.cross_entropy`, under the same names and with the same meaning."""
+
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float | Tensor = 0.0
+    smoothing: str | Tensor = "uniform"
+    smooth_over: str = "all"
+    class_dim: int = 1
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    row_weight: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    inplace: bool = False
+    return_stats: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise ArgumentError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        _check_epsilon(self.label_smoothing)
+        if isinstance(self.smoothing, Tensor):
+            require(self.smoothing.dim() == 1, "smoothing", _describe(self.smoothing), "a prior of shape (K,)")
+        else:
+            require(self.smoothing in ("uniform", "others"), "smoothing", self.smoothing, "'uniform', 'others' or a prior tensor (K,)")
+        require(self.smooth_over in ("all", "finite"), "smooth_over", self.smooth_over, "'all' or 'finite'")
+        for name in ("ignore_index", "class_dim"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and not isinstance(value, bool), name, value, "an int")
+        for name in ("z_loss", "logit_scale"):
+            value = getattr(self, name)
+            require(_is_number(value) and math.isfinite(value), name, value, "a finite number")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
+        if self.softcap is not None:
+            require(_is_number(self.softcap) and 0 < self.softcap < math.inf, "softcap", self.softcap, "a finite number > 0 or None")
+        self._check_normalizer()
+
+    def _check_normalizer(self) -> None:
+        n = self.normalizer
+        if n is None:
+            return
+        if self.reduction != "mean":
+            raise ArgumentError(f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}")
+        if isinstance(n, Tensor):
+            require(n.numel() == 1, "normalizer", _describe(n), "a number > 0 or a tensor of one element")
+        else:
+            require(_is_number(n) and 0 < n < math.inf, "normalizer", n, "a finite number > 0 or a tensor of one element")
+
+    @property
+    def smooths(self) -> bool:
+        """Whether label smoothing can change the target weights at all."""
+        return isinstance(self.label_smoothing, Tensor) or self.label_smoothing != 0.0
+
+    def features(self, *, index_target: bool) -> frozenset[str]:
+        """What a backend must know how to do to serve these options, as words."""
+        asked = {
+            "index target": index_target,
+            "probability target": not index_target,
+            "weight": self.weight is not None,
+            "smoothing prior": isinstance(self.smoothing, Tensor) and self.smooths,
+            "smooth_over='finite'": self.smooth_over == "finite" and self.smooths,
+            "z_loss": self.z_loss != 0.0,
+            "logit_scale": self.logit_scale != 1.0,
+            "softcap": self.softcap is not None,
+            "gradient of an option": any(isinstance(t, Tensor) and t.requires_grad for t in self._tensor_options()),
+        }
+        return frozenset(word for word, is_asked in asked.items() if is_asked)
+
+    def _tensor_options(self) -> tuple[object, ...]:
+        return self.weight, self.label_smoothing, self.smoothing, self.row_weight, self.normalizer
+
+
+def _check_epsilon(eps: object) -> None:
+    """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
+    if isinstance(eps, Tensor):
+        require(eps.dtype in FLOAT_DTYPES, "label_smoothing", _describe(eps), "a number or a floating-point tensor")
+        if eps.device.type == "cpu" and eps.numel() and not torch.compiler.is_compiling():
+            largest, smallest = eps.max().item(), eps.min().item()
+            good = largest <= 1 and smallest > -math.inf
+            require(good, "label_smoothing", f"values from {smallest} to {largest}", "finite and at most 1 everywhere")
+    else:
+        require(_is_number(eps) and -math.inf < eps <= 1, "label_smoothing", eps, "a finite number of at most 1")  # type: ignore[operator]
+
+
+class Rows(NamedTuple):
+    """One call flattened to rows: what the gate hands to a backend or to the reference."""
+
+    spec: LossSpec
+    logits: Tensor
+    """(N, K), the caller's memory wherever a view can be had, unit class stride"""
+    target: Tensor
+    """(N,) int64 class indices, or (N, K) class probabilities"""
+    eps: float | Tensor
+    """ε: a float, a one-element tensor or one value per row (N,), in the dtype of the arithmetic"""
+    row_weight: Tensor | None
+    """(N,) in the dtype of the arithmetic"""
+
+    @property
+    def index_target(self) -> bool:
+        return not self.target.is_floating_point()
+
+    @property
+    def valid(self) -> Tensor:
+        """(N,) bool: the rows that count."""
+        return self.target != self.spec.ignore_index
