@@ -4,8 +4,9 @@
 once; the backward multiplies it by the upstream scalar on the device, in place where the graph is not kept, not at all where
 that scalar is 1. Two units of traffic (a unit: one read or write of the N×K logits).
 
-*Recompute* (``reduction="none"``, whose upstream is a vector, and fp16, where a loss scale must multiply before rounding): the
-forward saves two numbers per row, the backward reads the logits again. Three units, nothing of N×K saved but the logits.
+*Recompute* (``reduction="none"``, whose upstream is a vector; fp16, where a loss scale must multiply before rounding; under
+torch.compile, where no in-place scaling is safe): the forward saves two numbers per row, the backward reads the logits again.
+Three units, nothing of N×K saved but the logits.
 
 Under ``create_graph=True`` both differentiate the reference instead, so the graph is never silently dropped.
 """
@@ -42,8 +43,9 @@ def _differentiable_gradient(rows: Rows, logits: Tensor, upstream: Tensor) -> Te
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward in progress may run again (retain_graph): then its saved gradient must stay as it is."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    """Whether the backward in progress may run again (retain_graph): then what it needs must stay as it is. A compiled
+    backward cannot know, so it takes itself for kept."""
+    return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | None:

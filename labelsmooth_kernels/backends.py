@@ -86,7 +86,9 @@ def _load_triton() -> str | None:
         return f"Triton {triton.__version__} is older than 3.4"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels on the CPU for tests)"
+        return (
+            "there is no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels on the CPU for tests)"
+        )
     logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
     for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
         ops.implement("triton", key, logits)
@@ -117,17 +119,17 @@ def _load_once(name: str) -> str | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(message, stacklevel=7)
 
 
 @functools.cache
-def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> Backend:
+def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> str:
     if named is not None:
         if named not in BACKENDS:
             raise ArgumentError(f"backend must be one of {sorted(BACKENDS)} or None, got {named!r}")
         if reasons := BACKENDS[named].why_not(device, dtype, features):
             raise ArgumentError(f"backend={named!r} cannot serve this call: {'; '.join(reasons)}")
-        return BACKENDS[named]
+        return named
     refused = []
     for backend in BACKENDS.values():
         if backend.devices[0] != device and backend.name != "reference":
@@ -138,8 +140,13 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
             continue
         if backend.name == "reference" and refused:
             _warn_once(f"labelsmooth_kernels: served by the plain PyTorch reference ({' | '.join(refused)})")
-        return backend
+        return backend.name
     raise ArgumentError(f"input must be on one of the devices 'cpu' and 'cuda', got {device!r}")
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, while tracing, and gets the name as a constant
+def _choose_name(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> str:
+    return _choose(device, dtype, features, named)
 
 
 def select(rows: Rows) -> Backend:
@@ -148,4 +155,5 @@ def select(rows: Rows) -> Backend:
     A fall from a fast backend to the reference warns once, with the reason.
     """
     features = rows.spec.features(index_target=rows.index_target)
-    return _choose(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)
+    name: str = _choose_name(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)
+    return BACKENDS[name]

@@ -1,6 +1,7 @@
 """The public function: one gate, one choice of backend, one autograd.Function for each form, one reduction."""
 
 from __future__ import annotations
+
 import os
 
 import torch
@@ -32,7 +33,40 @@ def cross_entropy(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """DOC"""
+    """Cross-entropy with label smoothing, loss and gradient in one pass over the logits.
+
+    ``loss = M·lse - Σ q·z + z_loss·lse²`` per row, with ``z = softcap·tanh(logit_scale·x / softcap)``, ``lse = log Σ exp z`` and
+    target weights q of mass M; the gradient in z is ``(M + 2·z_loss·lse)·p - q``. See :mod:`labelsmooth_kernels.reference` for q.
+
+    Args:
+        input: logits (K,), (N, K) or (N, K, d1, ...), fp16, bf16, fp32 or fp64; with ``class_dim=-1`` (N, d1, ..., K).
+        target: class indices of the shape of input without the classes, int64, int32 or uint8; or class probabilities of the
+            shape of input, any floating dtype, not assumed to sum to 1.
+        weight: (K,) factors of q, as in ``F.cross_entropy``.
+        ignore_index: rows with this target have zero loss and exactly zero gradient, even where their logits are NaN.
+        reduction: ``"mean"`` (over valid rows, weighted by ``weight`` of the target and ``row_weight``), ``"sum"`` or ``"none"``.
+        label_smoothing: ε <= 1, a number, a one-element tensor (a schedule) or one value per row; ε < 0 sharpens.
+        smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,) summing to 1.
+        smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is renormalised.
+        class_dim: where the classes are; ignored for (K,).
+        z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap.
+        row_weight: a factor for every row's loss, of the shape of target.
+        normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor, never synced.
+        inplace: let the gradient overwrite ``input``; its version counter is bumped, so autograd notices misuse.
+        return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of target.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
+
+    Returns:
+        The loss, float32 for half-precision input (float64 for fp64); with ``return_stats`` a pair (loss, RowStats).
+
+    Raises:
+        ArgumentError (a ValueError and a RuntimeError), TypeError: a bad argument, with its name, value and what is allowed.
+        IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient are NaN,
+            without a synchronisation; the environment variable LABELSMOOTH_CHECK_TARGETS=1 makes it raise there too.
+
+    Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 two numbers per row
+    and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et al. 2019.
+    """
     spec = LossSpec(
         weight=weight,
         ignore_index=ignore_index,
@@ -87,15 +121,14 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     class_dim = 0 if input.dim() == 1 else spec.class_dim
     if not -input.dim() <= class_dim < input.dim():
         raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
-    if target.device != input.device:
-        raise ArgumentError(f"target must be on the device of input ({input.device}), got {target.device}")
+    _check_same_device("target", target, input)
     class_last = input.movedim(class_dim, -1)
     shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
     row_target = _row_target(input, target, class_dim, shape)
     logits = class_last.reshape(shape.numel(), num_classes)
     if num_classes > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
-    _check_class_vectors(spec, num_classes)
+    _check_class_vectors(spec, logits)
     eps = spec.label_smoothing
     if isinstance(eps, Tensor):
         eps = _per_row("label_smoothing", eps, shape, logits)
@@ -105,34 +138,52 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     return Rows(spec, logits, row_target, eps, row_weight), shape
 
 
+def _check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
+
+
 def _row_target(input: Tensor, target: Tensor, class_dim: int, shape: torch.Size) -> Tensor:
     """The target as (N,) contiguous int64 indices or (N, K) probabilities."""
     if target.shape == input.shape:
         if not target.is_floating_point():
-            raise ArgumentError(f"target of the shape of input holds class probabilities and must be floating point, got {target.dtype}")
+            raise ArgumentError(
+                f"target of the shape of input holds class probabilities and must be floating point, got {target.dtype}"
+            )
         return target.movedim(class_dim, -1).reshape(shape.numel(), input.shape[class_dim])
     if target.dtype not in INDEX_DTYPES:
         raise ArgumentError(f"target of class indices must have one of the dtypes {INDEX_DTYPES}, got {target.dtype}")
     if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
         hint = "" if input.dim() < 3 else "; with the classes last, as in (B, T, K), pass class_dim=-1"
-        raise ArgumentError(f"target must have shape {tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}{hint}")
+        raise ArgumentError(
+            f"target must have shape {tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}{hint}"
+        )
     return target.reshape(-1).to(torch.int64).contiguous()
 
 
-def _check_class_vectors(spec: LossSpec, num_classes: int) -> None:
+def _check_class_vectors(spec: LossSpec, logits: Tensor) -> None:
+    num_classes = logits.shape[-1]
     for name, vector in (("weight", spec.weight), ("smoothing", spec.smoothing)):
-        if isinstance(vector, Tensor) and vector.shape != (num_classes,):
-            raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
+        if not isinstance(vector, Tensor):
+            continue
+        if vector.shape != (num_classes,):
+            raise ArgumentError(
+                f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}"
+            )
+        _check_same_device(name, vector, logits)
     if spec.smoothing == "others" and num_classes == 1 and spec.smooths:
-        raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over")
+        raise ArgumentError(
+            "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
+        )
 
 
 def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
     """A tensor option of one value or one per row, flat, in the dtype of the arithmetic."""
     if values.numel() != 1 and values.shape != shape:
-        raise ArgumentError(f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}")
-    if values.device != logits.device:
-        raise ArgumentError(f"{name} must be on the device of input ({logits.device}), got {values.device}")
+        raise ArgumentError(
+            f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}"
+        )
+    _check_same_device(name, values, logits)
     return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
 
 
@@ -185,7 +236,7 @@ def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | No
         row = (*row_arguments(rows), None, spec.ignore_index)
         loss, *stats, _ = kernels.forward(logits, *row, False, spec.return_stats)
         reduced = _reduce(loss, rows)
-    elif spec.reduction == "none" or logits.dtype == torch.float16:
+    elif spec.reduction == "none" or logits.dtype == torch.float16 or torch.compiler.is_compiling():
         loss, *stats = Recompute.apply(logits, rows, kernels)
         reduced = _reduce(loss, rows)
     else:

@@ -92,7 +92,9 @@ def dz(z: Tensor, q: Tensor, zmax: Tensor, logsum: Tensor, z_loss: float = 0.0) 
     return mass[:, None] * p - q
 
 
-def merge(piece: tuple[Tensor, Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def merge(
+    piece: tuple[Tensor, Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Merge two pieces of a row, each (m, s, d, mass) = (max z, Σ exp(z - m), Σ q·(z - m), Σ q): rescale, never subtract sums."""
     (m1, s1, d1, mass1), (m2, s2, d2, mass2) = piece, other
     m = torch.maximum(m1, m2)

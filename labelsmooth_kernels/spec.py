@@ -65,7 +65,12 @@ class LossSpec:
         if isinstance(self.smoothing, Tensor):
             require(self.smoothing.dim() == 1, "smoothing", _describe(self.smoothing), "a prior of shape (K,)")
         else:
-            require(self.smoothing in ("uniform", "others"), "smoothing", self.smoothing, "'uniform', 'others' or a prior tensor (K,)")
+            require(
+                self.smoothing in ("uniform", "others"),
+                "smoothing",
+                self.smoothing,
+                "'uniform', 'others' or a prior tensor (K,)",
+            )
         require(self.smooth_over in ("all", "finite"), "smooth_over", self.smooth_over, "'all' or 'finite'")
         for name in ("ignore_index", "class_dim"):
             value = getattr(self, name)
@@ -75,7 +80,12 @@ class LossSpec:
             require(_is_number(value) and math.isfinite(value), name, value, "a finite number")
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
         if self.softcap is not None:
-            require(_is_number(self.softcap) and 0 < self.softcap < math.inf, "softcap", self.softcap, "a finite number > 0 or None")
+            require(
+                _is_number(self.softcap) and 0 < self.softcap < math.inf,
+                "softcap",
+                self.softcap,
+                "a finite number > 0 or None",
+            )
         self._check_normalizer()
 
     def _check_normalizer(self) -> None:
@@ -83,11 +93,15 @@ class LossSpec:
         if n is None:
             return
         if self.reduction != "mean":
-            raise ArgumentError(f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}")
+            raise ArgumentError(
+                f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}"
+            )
         if isinstance(n, Tensor):
             require(n.numel() == 1, "normalizer", _describe(n), "a number > 0 or a tensor of one element")
         else:
-            require(_is_number(n) and 0 < n < math.inf, "normalizer", n, "a finite number > 0 or a tensor of one element")
+            require(
+                _is_number(n) and 0 < n < math.inf, "normalizer", n, "a finite number > 0 or a tensor of one element"
+            )
 
     @property
     def smooths(self) -> bool:

@@ -1,116 +1,220 @@
-"""Loss and gradient of logits (N, K), one read and one write of the row; the contract is ``labelsmooth_kernels.ops``.
+"""The row operators of ``labelsmooth_kernels.ops`` on Triton kernels, for float16, bfloat16 and float32 logits."""
 
-Four kernels. ``_row_kernel`` makes loss and gradient: a row that fits the registers of one program (a thread block, or a
-thread-block cluster) is read once and written once; a longer one is read a second time, in reverse, while its end is still in
-L2. ``_split_kernel`` and ``_merge_kernel`` spread few long rows over all SMs. ``_grad_kernel`` makes the gradient from the saved
-(zmax, logsum). ``_scale_kernel`` multiplies a gradient. Which form and size runs is decided in ``launch``; an argument
-that is None is the flag of what is not asked for, everything else that can vary is a run-time value.
-
-128-bit accesses at every K and alignment: pointers come 16-byte aligned with a ``lead`` in elements, a row is cut into
-the VEC-wide groups that lie wholly inside it and at most 2·(VEC - 1) edge elements before and after them. The groups are whole
-vectors, whose mask is constant over each; the edges take one 2·VEC-lane access of their own. So nothing outside a row is touched, and
-an unaligned row (K = 50,257) costs one or two extra narrow instructions and no further bytes: the edges lie in
-sectors that a row of this length covers anyway. EDGES = False drops that code where every row is aligned.
-"""
+from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .row_math import dz, first_index, merge, merge_index, piece, rescaled, row_loss, weights
+from .kernels import grad_kernel, merge_kernel, row_kernel, scale_kernel, split_kernel
+from .rows import Rows, aligned_alike, rows_of
 
 
-@triton.jit
-def _cut(start, K, VEC: tl.constexpr):
-    """(head, first, n_main) of the row at element ``start``: its classes [head, head + n_main) are whole groups, at ``first``."""
-    first = (start + (VEC - 1)) // VEC * VEC
-    head = tl.minimum(first - start, K).to(tl.int32)
-    return head, first, (K - head) // VEC * VEC
+def _row_values(values: Tensor | None) -> tuple[Tensor | None, int]:
+    """(values, stride) of one value or one value per row."""
+    return values, 0 if values is None or values.numel() == 1 else values.stride(0)
 
 
-@triton.jit
-def _edges(head, n_main, K, VEC: tl.constexpr):
-    """Classes and mask of the lanes that take the edges: VEC lanes before the groups, VEC after them."""
-    o_edge = tl.arange(0, 2 * VEC)
-    k_edge = tl.where(o_edge < VEC, o_edge, head + n_main + o_edge - VEC)
-    return k_edge, tl.where(o_edge < VEC, o_edge < head, k_edge < K)
+def _check(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"logits: {logits.dtype} is not served by the Triton kernels: float16, bfloat16, float32 are")
+    if target.device.type != "cpu":
+        return  # the row becomes NaN instead: looking would stall the device
+    classes = logits.shape[1]
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        allowed = f"0 to {classes - 1}, or ignore_index {ignore_index}"
+        raise IndexError(f"target: {int(target[i])} at position {i} is out of range, allowed is {allowed}")
 
 
-@triton.jit
-def _load(ptr, mask):
-    return tl.load(ptr, mask=mask, other=float("-inf")).to(tl.float32)
+def _empty_rows(logits: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = logits.shape[0]
+    loss, zmax, logsum = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
+    n_stats = n if with_stats else 0
+    nll = torch.empty(n_stats, dtype=torch.float32, device=logits.device)
+    return loss, zmax, logsum, nll, torch.empty(n_stats, dtype=torch.int64, device=logits.device)
 
 
-@triton.jit
-def _target(target_ptr, i_row, ignore_index, K):
-    """(y, ignored, valid); y is -1 unless it may be used as an index: no address is made from an unchecked target."""
-    y = tl.load(target_ptr + i_row)
-    ignored = y == ignore_index
-    valid = (y >= 0) & (y < K) & (y != ignore_index)
-    return tl.where(valid, y, -1).to(tl.int32), ignored, valid
+def _run_forward(
+    logits: Tensor,
+    grad: Tensor | None,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(logits, target, ignore_index)
+    n, k = logits.shape
+    results = _empty_rows(logits, with_stats)
+    if n == 0:
+        return results
+    loss, zmax, logsum, nll, prediction = results
+    outputs = (loss, zmax, logsum, nll if with_stats else None, prediction if with_stats else None)
+    x, g = rows_of(logits), rows_of(logits if grad is None else grad)
+    alike = aligned_alike(x, g)
+    plan = launch.row_plan(logits, with_grad=grad is not None, alike=alike)
+    if plan.form == "split":
+        _run_split(plan, x, target, eps, eps_rows, ignore_index, outputs)
+        if grad is not None:
+            _run_backward(logits, grad, target, eps, eps_rows, row_scale, ignore_index, zmax, logsum)
+        return results
+    eps_values, eps_stride = _row_values(eps_rows)
+    scales, scale_stride = _row_values(row_scale)
+    launch.start(
+        row_kernel,
+        plan,
+        n,
+        (x.base, None if grad is None else g.base, target, eps, eps_values, scales, *outputs)
+        + (n, k, x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        VEC=x.vec,
+        EDGES=x.edges,
+        G_ALIGNED=alike,
+        ONE_BLOCK=plan.form == "block",
+    )
+    return results
 
 
-@triton.jit
-def _row_weights(eps, eps_ptr, eps_stride, i_row, K):
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + i_row * eps_stride).to(tl.float32)
-    return weights(eps, K)
+def _run_split(
+    plan: launch.Plan,
+    x: Rows,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    ignore_index: int,
+    outputs: tuple[Tensor | None, ...],
+) -> None:
+    n, k = x.base.shape
+    blocks_per_split = -(-k // (plan.block * plan.splits))
+    n_splits = -(-k // (plan.block * blocks_per_split))
+    part = torch.empty((4, n, n_splits), dtype=torch.float32, device=target.device)
+    with_stats = outputs[-1] is not None
+    k_part = torch.empty((n, n_splits), dtype=torch.int32, device=target.device) if with_stats else None
+    launch.start(
+        split_kernel,
+        plan,
+        n * n_splits,
+        (x.base, target, part, k_part, n * n_splits, n_splits, blocks_per_split, k, x.lead, x.stride, ignore_index),
+        VEC=x.vec,
+        EDGES=x.edges,
+    )
+    eps_values, eps_stride = _row_values(eps_rows)
+    launch.start(
+        merge_kernel,
+        launch.merge_plan(n_splits),
+        n,
+        (x.base, target, eps, eps_values, part, k_part, *outputs)
+        + (n * n_splits, n_splits, k, x.lead, x.stride, eps_stride, ignore_index),
+    )
 
 
-@triton.jit
-def _factor(scale_ptr, scale_stride, i_row, ignored, valid):
-    """What the gradient of the row is multiplied by; NaN for an invalid target."""
-    factor = 1.0
-    if scale_ptr is not None:
-        factor = tl.load(scale_ptr + i_row * scale_stride).to(tl.float32)
-    return tl.where(ignored | valid, factor, float("nan"))
+def _run_backward(
+    logits: Tensor,
+    grad: Tensor,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    zmax: Tensor,
+    logsum: Tensor,
+) -> None:
+    if logits.numel() == 0:
+        return
+    n, k = logits.shape
+    x, g = rows_of(logits), rows_of(grad)
+    eps_values, eps_stride = _row_values(eps_rows)
+    scales, scale_stride = _row_values(row_scale)
+    plan = launch.chunk_plan(logits, k)
+    n_chunks = -(-k // plan.block)
+    launch.start(
+        grad_kernel,
+        plan,
+        n * n_chunks,
+        (x.base, g.base, target, eps, eps_values, scales, zmax, logsum, n * n_chunks, n_chunks, k)
+        + (x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        VEC=x.vec,
+        EDGES=x.edges,
+        G_ALIGNED=aligned_alike(x, g),
+    )
 
 
-@triton.jit
-def _store_grad(ptr, b_z, b_k, mask, y, ignored, factor, zmax, logsum, a, b):
-    """The gradient of one block, rounded once; exact zeros, by selection, in an ignored row."""
-    b_grad = factor * dz(b_z, zmax, logsum, b_k == y, a, b)
-    tl.store(ptr, tl.where(ignored, 0.0, b_grad).to(ptr.dtype.element_ty), mask=mask)
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, zmax, logsum, nll, prediction, grad); what was not asked for has no elements."""
+    grad = torch.empty(logits.shape if with_grad else (0,), dtype=logits.dtype, device=logits.device)
+    destination = grad if with_grad else None
+    return *_run_forward(logits, destination, target, eps, eps_rows, row_scale, ignore_index, with_stats), grad
 
 
-@triton.jit
-def _store_row(
-    loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr, i_row, ignored, valid, reads, zmax, logsum, z_y, d, k_max, a, b, K
-):
-    loss = tl.where(valid, row_loss(zmax, logsum, z_y, d, a, b), float("nan"))
-    tl.store(loss_ptr + i_row, tl.where(ignored, 0.0, loss))
-    tl.store(zmax_ptr + i_row, tl.where(reads, zmax, 0.0))
-    tl.store(logsum_ptr + i_row, tl.where(reads, logsum, 0.0))
-    if nll_ptr is not None:
-        tl.store(nll_ptr + i_row, tl.where(ignored, 0.0, tl.where(valid, logsum - (z_y - zmax), float("nan"))))
-        tl.store(pred_ptr + i_row, tl.minimum(k_max, K - 1).to(tl.int64))  # a row of NaN has no maximum: stay inside
+def forward_(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward` with the gradient written over the logits."""
+    return _run_forward(logits, logits, target, eps, eps_rows, row_scale, ignore_index, with_stats)
 
 
-@triton.jit
-def _first_piece(x_row, head, n_main, K, reads, VEC: tl.constexpr, EDGES: tl.constexpr):
-    """The piece that a sweep starts from: the edges of the row, or nothing. ``reads`` is false where the row is not to be read."""
-    m, s, d, n, k_max = float("-inf"), 0.0, 0.0, 0, 2147483647
-    if EDGES:
-        k_edge, m_edge = _edges(head, n_main, K, VEC)
-        m_edge = m_edge & reads
-        b_edge = _load(x_row + k_edge, m_edge)
-        m, s, d = piece(b_edge, m_edge)
-        n, k_max = K - n_main, first_index(b_edge, m, k_edge, m_edge)
-    return m, s, d, n, k_max
+def backward(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    zmax: Tensor,
+    logsum: Tensor,
+) -> Tensor:
+    """The gradient that :func:`forward` makes, from its saved (zmax, logsum)."""
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _check(logits, target, ignore_index)
+    _run_backward(logits, grad, target, eps, eps_rows, row_scale, ignore_index, zmax, logsum)
+    return grad
 
 
-@triton.jit
-def _sweep(x_main, begin, end, head, m, s, d, n, k_max, BLOCK: tl.constexpr):
-    """Merge the groups [begin, end) of a row, block by block, into the piece (m, s, d) of n classes; ends are multiples of VEC."""
-    for o_block in range(begin, end, BLOCK):
-        o = o_block + tl.arange(0, BLOCK)
-        m_z = o < end
-        b_z = _load(x_main + o, m_z)
-        m_block, s_block, d_block = piece(b_z, m_z)
-        k_max = merge_index(m, k_max, m_block, first_index(b_z, m_block, head + o, m_z))
-        n_block = tl.minimum(end - o_block, BLOCK)
-        m, s, d = merge(m, s, d, n, m_block, s_block, d_block, n_block)
-        n += n_block
-    return m, s, d, n, k_max
+def backward_(
+    logits: Tensor,
+    target: Tensor,
+    eps: float,
+    eps_rows: Tensor | None,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    zmax: Tensor,
+    logsum: Tensor,
+) -> None:
+    """:func:`backward` with the gradient written over the logits."""
+    _check(logits, target, ignore_index)
+    _run_backward(logits, logits, target, eps, eps_rows, row_scale, ignore_index, zmax, logsum)
+
+
+def scale_(grad: Tensor, scale: Tensor) -> None:
+    """grad *= scale, a one-element tensor, on the device; nothing is moved where it is 1."""
+    if grad.numel() == 0:
+        return
+    g = rows_of(grad.detach().view(1, -1) if grad.is_contiguous() else grad)
+    n, k = g.base.shape
+    plan = launch.chunk_plan(grad, k)
+    n_chunks = -(-k // plan.block)
+    launch.start(
+        scale_kernel,
+        plan,
+        n * n_chunks,
+        (g.base, scale, n * n_chunks, n_chunks, k, g.lead, g.stride),
+        VEC=g.vec,
+        EDGES=g.edges,
+    )

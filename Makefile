@@ -1,0 +1,57 @@
+# `make demo` and `make test` in a fresh clone do all the set-up they need; Python, a C++ compiler and make come first.
+PYTHON ?= python3
+BUILD ?= auto
+OUT ?= out
+BIN := .venv/bin
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# A GPU machine keeps the torch that fits its driver, with the Triton that this torch pins.
+CONSTRAINTS := $(if $(GPU),.venv/constraints.txt,constraints.txt)
+TORCH := $(if $(GPU),torch,torch triton)
+
+.PHONY: demo test lint aot bench gpu doctor clean
+
+demo: .venv/built
+	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
+
+test: .venv/built
+	$(BIN)/python -m labelsmooth_kernels
+	$(BIN)/python -m pytest tests $(PYTEST)
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict labelsmooth_kernels
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+# Compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range of Triton.
+aot: .venv/built .venv/triton36/triton
+	$(BIN)/python tests/aot_check.py
+	PYTHONPATH=.venv/triton36 $(BIN)/python tests/aot_check.py
+
+bench: .venv/built
+	$(BIN)/python -m bench.cpu
+
+# On a machine with an NVIDIA GPU, torch, Triton and nvcc, with that machine's own Python and no network.
+gpu:
+	$(PYTHON) -m bench.gpu --out $(OUT)/gpu
+
+doctor: .venv/built
+	$(BIN)/python -m labelsmooth_kernels
+
+.venv/deps: constraints.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH) setuptools wheel ninja pybind11 build
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark hypothesis ruff mypy clang-format matplotlib tqdm
+	touch $@
+
+.venv/built: .venv/deps setup.py $(wildcard csrc/*)
+	LABELSMOOTH_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv/triton36/triton: .venv/deps
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton36 triton==3.6.0
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info out labelsmooth_kernels/_C*.so labelsmooth_kernels/_build_info.json

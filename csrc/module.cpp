@@ -1,0 +1,33 @@
+// The Python module _C: loading it registers the operators; build_info() is what the doctor prints and checks.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "ops.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  using namespace pybind11::literals;
+#if AT_PARALLEL_OPENMP && defined(_OPENMP)
+  const char* threads = "openmp";
+#elif AT_PARALLEL_NATIVE
+  const char* threads = "native";
+#else
+  const char* threads = "none";
+#endif
+#if defined(__clang__)
+  const char* compiler = "clang " __clang_version__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+  return pybind11::dict("torch"_a = TORCH_VERSION, "compiler"_a = compiler, "cpu_capability"_a = lsk::cpu_capability(),
+                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled row operators of labelsmooth_kernels";
+  m.def("build_info", &build_info, "Versions of the build, and what the running process selects.");
+}

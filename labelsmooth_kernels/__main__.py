@@ -1,0 +1,7 @@
+"""``python -m labelsmooth_kernels``: the doctor."""
+
+import sys
+
+from .doctor import main
+
+sys.exit(main())

@@ -1,0 +1,107 @@
+"""What works on this machine, and why the rest does not: ``python -m labelsmooth_kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import runpy
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import backends
+from .functional import CHECK_TARGETS, cross_entropy
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> list[str]:
+    lines = [
+        f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"package    {_version('labelsmooth_kernels')}",
+        f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",
+        f"triton     {_version('triton')}",
+        f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines.append(f"gpu {index}      {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    else:
+        lines.append("gpu        none that torch can use")
+    info = backends.build_info()
+    asked = f"LABELSMOOTH_BUILD={info.get('requested')}" if info else "no record of a build"
+    lines.append(f"extension  {info.get('built') or 'not built'} ({asked})")
+    return lines
+
+
+def _parity(backend: backends.Backend, device: str) -> tuple[bool, str]:
+    """One smoothed float32 case, loss and gradient against float64 F.cross_entropy."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, 301, generator=generator)
+    target = torch.randint(0, 301, (6,), generator=generator)
+    target[1] = -100
+    exact_logits = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(exact_logits, target, label_smoothing=0.1)
+    exact.backward()
+    ours_logits = logits.to(device).requires_grad_()
+    ours = cross_entropy(ours_logits, target.to(device), label_smoothing=0.1, backend=backend.name)
+    assert isinstance(ours, torch.Tensor) and ours_logits.grad is None and exact_logits.grad is not None
+    ours.backward()
+    assert ours_logits.grad is not None
+    loss_error = abs(ours.item() - exact.item()) / exact.item()
+    grad_error = (ours_logits.grad.cpu().double() - exact_logits.grad).abs().max().item()
+    scale = exact_logits.grad.abs().max().item()
+    agrees = loss_error < 1e-6 and grad_error < 1e-6 * scale
+    return agrees, f"relative error {loss_error:.0e} in the loss, {grad_error / scale:.0e} in the gradient"
+
+
+def report() -> bool:
+    """Print the machine, the versions and every backend; True if every available backend agrees with float64."""
+    print("\n".join(_machine()))
+    healthy = True
+    for backend in backends.BACKENDS.values():
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
+        serves = "every option" if backend.features is None else ", ".join(sorted(backend.features))
+        print(f"\n{backend.name}: {backend.summary}\n  serves     {serves}; {dtypes}")
+        if reason := backend.unavailable():
+            print(f"  missing    {reason}")
+            continue
+        for device in backend.devices:
+            if device == "cuda" and not torch.cuda.is_available():
+                continue
+            try:
+                agrees, detail = _parity(backend, device)
+            except Exception as error:  # noqa: BLE001  a doctor reports every failure and goes on to the next patient
+                agrees, detail = False, f"{type(error).__name__}: {error}"
+            healthy &= agrees
+            print(f"  {device:10} {'agrees' if agrees else 'DISAGREES'}: {detail}")
+    print(f"\n{'every available backend agrees with float64' if healthy else 'NOT ALL BACKENDS AGREE'}")
+    return healthy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m labelsmooth_kernels", description=__doc__)
+    parser.add_argument(
+        "--check-targets",
+        nargs=argparse.REMAINDER,
+        metavar="SCRIPT [ARG ...]",
+        help=f"run a program with {CHECK_TARGETS}=1, so that a target outside the classes raises on a GPU too",
+    )
+    options = parser.parse_args(arguments)
+    if options.check_targets is None:
+        return 0 if report() else 1
+    if not options.check_targets:
+        parser.error("--check-targets needs the program to run")
+    os.environ[CHECK_TARGETS] = "1"
+    sys.argv = options.check_targets
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    return 0
