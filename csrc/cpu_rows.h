@@ -10,49 +10,57 @@
 namespace lsk {
 namespace {
 
-constexpr int kChains = 4;  // independent accumulators: hide the latency of max and add
+// Lane sums of a block. The terms exp(0) = 1 of the maximum (and its equals) are counted and not added: beside a 1, a float
+// would lose the digits of the small terms, which are all that the loss of a confident row consists of.
+template <class T>
+struct Sums {
+  Vec<T> exp, ones, dev;
+
+  LSK_MEMBER void add(Group<T> x, Vec<T> shift, int64_t n) {
+    Group<T> e;
+    LSK_EACH(i) {
+      x.v[i] -= shift;
+      e.v[i] = exp_nonpositive(x.v[i]);
+      e.v[i] = x.v[i] == 0 ? Vec<T>{} : e.v[i];
+      ones = x.v[i] == 0 ? ones + 1 : ones;
+      if (n < kGroup<T>) x.v[i] = lanes_between<T>(i, 0, n) ? x.v[i] : Vec<T>{};
+    }
+    exp += total(e);
+    dev += total(x);
+  }
+};
 
 template <class T>
 Stats<double> block(const void* logits, int64_t n) {
   const T* z = static_cast<const T*>(logits);
-  constexpr int W = kWidth<T>;
-  const int64_t whole = n - n % W;
-  const Acc<T> lowest = -Acc<T>(INFINITY);
-  Vec<T> m[kChains];
-  for (auto& x : m) x = splat<T>(lowest);
-  int64_t i = 0;
-  for (; i + kChains * W <= n; i += kChains * W)
-    for (int c = 0; c < kChains; ++c) m[c] = larger(load(z + i + c * W), m[c]);
-  for (; i < whole; i += W) m[0] = larger(load(z + i), m[0]);
-  if (i < n) m[1] = larger(load_part(z + i, n - i, lowest), m[1]);
+  const int64_t whole = n - n % kGroup<T>;
+  const Vec<T> lowest = splat<T>(-INFINITY);
+  Vec<T> m[kVectors];
+  Sums<T> sums = {};
+  LSK_EACH(i) m[i] = lowest;
+  for (int64_t k = 0; k < whole; k += kGroup<T>) {
+    const Group<T> x = Format<T>::load(z + k);
+    LSK_EACH(i) m[i] = larger(x.v[i], m[i]);
+  }
+  Group<T> rest;
+  if (whole < n) {
+    rest = load_part(z + whole, n - whole);
+    LSK_EACH(i) {
+      rest.v[i] = lanes_between<T>(i, 0, n - whole) ? rest.v[i] : lowest;
+      m[i] = larger(rest.v[i], m[i]);
+    }
+  }
   m[0] = larger(larger(m[0], m[1]), larger(m[2], m[3]));
-  Acc<T> max = lowest;
-  for (int l = 0; l < W; ++l) max = m[0][l] > max ? m[0][l] : max;
+  Acc<T> max = -INFINITY;
+  for (int l = 0; l < kWidth<T>; ++l) max = m[0][l] > max ? m[0][l] : max;
 
   const Vec<T> shift = splat<T>(origin(max));
-  Vec<T> sum[kChains] = {}, dev[kChains] = {};
-  for (i = 0; i + kChains * W <= n; i += kChains * W)
-    for (int c = 0; c < kChains; ++c) {
-      const Vec<T> x = load(z + i + c * W) - shift;
-      sum[c] += exp_nonpositive(x);
-      dev[c] += x;
-    }
-  for (; i < whole; i += W) {
-    const Vec<T> x = load(z + i) - shift;
-    sum[0] += exp_nonpositive(x);
-    dev[0] += x;
-  }
-  if (i < n) {
-    const Vec<T> x = load_part(z + i, n - i, lowest) - shift;
-    sum[1] += exp_nonpositive(x);
-    dev[1] += lane_index<T>() < typename Lanes<T>::Signed(n - i) ? x : Vec<T>{};
-  }
-  sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  dev[0] = (dev[0] + dev[1]) + (dev[2] + dev[3]);
+  for (int64_t k = 0; k < whole; k += kGroup<T>) sums.add(Format<T>::load(z + k), shift, kGroup<T>);
+  if (whole < n) sums.add(rest, shift, n - whole);
   Stats<double> stats = {max, 0, 0, double(n)};
-  for (int l = 0; l < W; ++l) {
-    stats.sum += sum[0][l];
-    stats.dev += dev[0][l];
+  for (int l = 0; l < kWidth<T>; ++l) {
+    stats.sum += double(sums.exp[l]) + sums.ones[l];
+    stats.dev += sums.dev[l];
   }
   return stats;
 }
@@ -60,17 +68,21 @@ Stats<double> block(const void* logits, int64_t n) {
 template <class T>
 int64_t find(const void* logits, int64_t n, double value) {
   const T* z = static_cast<const T*>(logits);
-  constexpr int W = kWidth<T>;
-  const Vec<T> wanted = splat<T>(Acc<T>(value));
-  for (int64_t i = 0; i < n; i += W) {
-    const int64_t lanes = n - i < W ? n - i : W;
-    const Vec<T> x = lanes < W ? load_part(z + i, lanes, Acc<T>(0)) : load(z + i);
-    const Signed<T> hit = (Signed<T>)(x == wanted) | ((Signed<T>)(x != x) & (Signed<T>)(wanted != wanted));
-    typename Lanes<T>::Signed any = 0;
-    for (int l = 0; l < W; ++l) any |= hit[l];
-    if (any == 0) continue;
-    for (int64_t l = 0; l < lanes; ++l)
-      if (hit[l]) return i + l;
+  const Acc<T> wanted = Acc<T>(value);
+  for (int64_t k = 0; k < n; k += kGroup<T>) {
+    const int64_t count = n - k < kGroup<T> ? n - k : kGroup<T>;
+    const Group<T> x = count < kGroup<T> ? load_part(z + k, count) : Format<T>::load(z + k);
+    Signed<T> any = {}, hit[kVectors];
+    LSK_EACH(i) {
+      hit[i] = (Signed<T>)(wanted != wanted ? x.v[i] != x.v[i] : x.v[i] == wanted) & lanes_between<T>(i, 0, count);
+      any |= hit[i];
+    }
+    int64_t first = kGroup<T>;
+    for (int l = 0; l < kWidth<T>; ++l) {
+      if (!any[l]) continue;
+      LSK_EACH(i) if (hit[i][l] && Format<T>::element(i, l) < first) first = Format<T>::element(i, l);
+    }
+    if (first < kGroup<T>) return k + first;
   }
   return n;
 }
@@ -80,37 +92,36 @@ struct Gradient {
   Vec<T> zmax, logsum, factor, q_rest, q_target;
   int64_t target;
 
-  LSK_MEMBER Vec<T> value(Vec<T> z, Vec<T> q) const { return factor * dz(exp_nonpositive(log_p(z, zmax, logsum)), q); }
+  LSK_MEMBER Vec<T> at(Vec<T> z, Vec<T> q) const { return factor * dz(exp_nonpositive(log_p(z, zmax, logsum)), q); }
 
   template <bool kStream>
   LSK_MEMBER void sweep(const T* z, T* g, int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; i += kWidth<T>) {
-      const Vec<T> x = value(load(z + i), q_rest);
-      kStream ? store_stream(g + i, x) : store(g + i, x);
+    for (int64_t k = begin; k < end; k += kGroup<T>) {
+      Group<T> x = Format<T>::load(z + k);
+      LSK_EACH(i) x.v[i] = at(x.v[i], q_rest);
+      Format<T>::template store<kStream>(g + k, x);
     }
   }
 
-  // At most one vector, which may hold the target.
+  // At most one group, which may hold the target.
   LSK_MEMBER void piece(const T* z, T* g, int64_t begin, int64_t end) const {
     if (begin >= end) return;
-    const Signed<T> index = lane_index<T>() + typename Lanes<T>::Signed(0);
-    const Vec<T> q = index == typename Lanes<T>::Signed(target - begin) ? q_target : q_rest;
-    store_part(g + begin, end - begin, value(load_part(z + begin, end - begin, Acc<T>(0)), q));
+    Group<T> x = load_part(z + begin, end - begin);
+    const int64_t y = target >= begin && target < end ? target - begin : -1;
+    LSK_EACH(i) x.v[i] = at(x.v[i], lanes_between<T>(i, y, y + 1) ? q_target : q_rest);
+    store_part(g + begin, end - begin, x);
   }
 
+  // `head` elements bring g to the alignment that streaming stores ask for.
   template <bool kStream>
-  LSK_MEMBER void row(const T* z, T* g, int64_t n) const {
-    constexpr int W = kWidth<T>;
-    constexpr int64_t kVector = sizeof(Stored<T>);
-    int64_t head = kStream ? int64_t(-reinterpret_cast<uintptr_t>(g) % kVector / sizeof(T)) : 0;
-    if (head > n) head = n;
-    const int64_t tail = n - (n - head) % W;
+  LSK_MEMBER void row(const T* z, T* g, int64_t head, int64_t n) const {
+    const int64_t tail = n - (n - head) % kGroup<T>;
     piece(z, g, 0, head);
     if (target >= head && target < tail) {
-      const int64_t cut = target - (target - head) % W;
+      const int64_t cut = target - (target - head) % kGroup<T>;
       sweep<kStream>(z, g, head, cut);
-      piece(z, g, cut, cut + W);
-      sweep<kStream>(z, g, cut + W, tail);
+      piece(z, g, cut, cut + kGroup<T>);
+      sweep<kStream>(z, g, cut + kGroup<T>, tail);
     } else {
       sweep<kStream>(z, g, head, tail);
     }
@@ -122,26 +133,29 @@ template <class T>
 void gradient(const void* logits, void* grad, int64_t n, int64_t target, const GradientRow& r, bool stream) {
   const T* z = static_cast<const T*>(logits);
   T* g = static_cast<T*>(grad);
-  const Gradient<T> rule = {splat<T>(r.zmax),   splat<T>(r.logsum),   splat<T>(r.factor),
-                            splat<T>(r.q_rest), splat<T>(r.q_target), target};
-  if (stream && reinterpret_cast<uintptr_t>(g) % sizeof(T) == 0) {
-    rule.template row<true>(z, g, n);
+  const Gradient<T> rule = {operand<T>(r.zmax),   operand<T>(r.logsum),   operand<T>(r.factor),
+                            operand<T>(r.q_rest), operand<T>(r.q_target), target};
+  const int64_t head = -reinterpret_cast<uintptr_t>(g) % LSK_SIMD_BYTES / sizeof(T);
+  if (stream && head <= n && reinterpret_cast<uintptr_t>(g + head) % LSK_SIMD_BYTES == 0) {
+    rule.template row<true>(z, g, head, n);
 #if defined(__x86_64__)
     _mm_sfence();  // streamed lines are not ordered with the stores by which other threads learn that we are done
 #endif
   } else {
-    rule.template row<false>(z, g, n);
+    rule.template row<false>(z, g, 0, n);
   }
 }
 
 template <class T>
 void scale(void* grad, int64_t n, double factor) {
   T* g = static_cast<T*>(grad);
-  constexpr int W = kWidth<T>;
-  const Vec<T> f = splat<T>(Acc<T>(factor));
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(g + i, load(g + i) * f);
-  if (i < n) store_part(g + i, n - i, load_part(g + i, n - i, Acc<T>(0)) * f);
+  const Vec<T> f = operand<T>(factor);
+  for (int64_t k = 0; k < n; k += kGroup<T>) {
+    const int64_t count = n - k < kGroup<T> ? n - k : kGroup<T>;
+    Group<T> x = count < kGroup<T> ? load_part(g + k, count) : Format<T>::load(g + k);
+    LSK_EACH(i) x.v[i] *= f;
+    count < kGroup<T> ? store_part(g + k, count, x) : Format<T>::template store<false>(g + k, x);
+  }
 }
 
 template <class T>

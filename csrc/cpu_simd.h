@@ -26,21 +26,18 @@ struct Lanes {  // 16-bit floats compute in float
   using Acc = float;
   using Bits = uint32_t;
   using Signed = int32_t;
-  using Stored = uint16_t;
 };
 template <>
 struct Lanes<float> {
   using Acc = float;
   using Bits = uint32_t;
   using Signed = int32_t;
-  using Stored = float;
 };
 template <>
 struct Lanes<double> {
   using Acc = double;
   using Bits = uint64_t;
   using Signed = int64_t;
-  using Stored = double;
 };
 
 template <class T>
@@ -54,60 +51,9 @@ using Bits = typename VectorOf<typename Lanes<T>::Bits, kWidth<T>>::type;
 template <class T>
 using Signed = typename VectorOf<typename Lanes<T>::Signed, kWidth<T>>::type;
 template <class T>
-using Stored = typename VectorOf<typename Lanes<T>::Stored, kWidth<T>>::type;
-
-template <class T>
 LSK_INLINE Vec<T> splat(Acc<T> x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of a zero and every NaN
 }
-
-// ---- 16-bit formats: branch-free, to nearest even, NaN stays NaN
-
-LSK_INLINE Vec<float> widen(Stored<BFloat16> v, BFloat16) { return (Vec<float>)(__builtin_convertvector(v, Bits<float>) << 16); }
-
-LSK_INLINE Stored<BFloat16> narrow(Vec<float> x, BFloat16) {
-  const Bits<float> u = (Bits<float>)x;
-  const Bits<float> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0, Stored<BFloat16>);
-}
-
-#if LSK_SIMD_BYTES == 64
-LSK_INLINE Vec<float> widen(Stored<Half> v, Half) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v); }
-LSK_INLINE Stored<Half> narrow(Vec<float> x, Half) {
-  return (Stored<Half>)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-}
-#elif LSK_SIMD_BYTES == 32
-LSK_INLINE Vec<float> widen(Stored<Half> v, Half) { return (Vec<float>)_mm256_cvtph_ps((__m128i)v); }
-LSK_INLINE Stored<Half> narrow(Vec<float> x, Half) {
-  return (Stored<Half>)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-}
-#else
-// Shifted into place, a half is a float with its exponent 112 too small: a product by 2^112 mends normals and subnormals.
-LSK_INLINE Vec<float> widen(Stored<Half> v, Half) {
-  const Bits<float> u = __builtin_convertvector(v, Bits<float>);
-  const Bits<float> magnitude = (u & 0x7fff) << 13;
-  const Bits<float> finite = (Bits<float>)((Vec<float>)magnitude * 0x1p112f);
-  return (Vec<float>)((magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : finite) | ((u & 0x8000) << 16));
-}
-
-// Adding a power of two 2^13 above x's exponent (never below the subnormals') lets the float adder round to half's 10 bits.
-LSK_INLINE Stored<Half> narrow(Vec<float> x, Half) {
-  const Bits<float> u = (Bits<float>)x;
-  const Bits<float> magnitude = u & 0x7fffffff;
-  Bits<float> exponent = magnitude & 0x7f800000;
-  exponent = exponent < 0x38800000 ? exponent * 0 + 0x38800000 : exponent;
-  const Vec<float> scaled = ((Vec<float>)magnitude * 0x1p112f) * 0x1p-110f;  // 4|x|; inf from 2^16 on
-  const Bits<float> sum = (Bits<float>)(scaled + (Vec<float>)(exponent + 0x07800000));
-  const Bits<float> number = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
-  const Bits<float> half = magnitude > 0x7f800000 ? number * 0 + 0x7e00 : number;
-  return __builtin_convertvector(half | ((u >> 16) & 0x8000), Stored<Half>);
-}
-#endif
-
-LSK_INLINE Vec<float> widen(Vec<float> v, float) { return v; }
-LSK_INLINE Vec<float> narrow(Vec<float> v, float) { return v; }
-LSK_INLINE Vec<double> widen(Vec<double> v, double) { return v; }
-LSK_INLINE Vec<double> narrow(Vec<double> v, double) { return v; }
 
 // The larger of x and m; m where x is NaN.
 template <class V>
@@ -115,54 +61,152 @@ LSK_INLINE V larger(V x, V m) {
   return x > m ? x : m;
 }
 
-// ---- memory: any alignment; a partial vector never touches what lies behind its n elements
+// The unit of work: vectors enough to hide the latency of max and add, read and written together.
+constexpr int kVectors = 4;
+template <class T>
+constexpr int kGroup = kVectors * kWidth<T>;
 
 template <class T>
-LSK_INLINE Vec<T> load(const T* p) {
-  Stored<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return widen(v, T{});
+struct Group {
+  Vec<T> v[kVectors];
+};
+
+template <class T>
+LSK_INLINE Vec<T> total(const Group<T>& x) {
+  return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]);
 }
 
-template <class T>
-LSK_INLINE Signed<T> lane_index() {
-  Signed<T> index = {};
-  for (int i = 0; i < kWidth<T>; ++i) index[i] = i;
-  return index;
-}
+#define LSK_EACH(i) _Pragma("GCC unroll 4") for (int i = 0; i < kVectors; ++i)
 
-template <class T>
-LSK_INLINE Vec<T> load_part(const T* p, int64_t n, Acc<T> fill) {
-  T lanes[kWidth<T>] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
-  return lane_index<T>() < typename Lanes<T>::Signed(n) ? load(lanes) : splat<T>(fill);
-}
+// ---- Formats: element l of vector i in memory order, load, store (past the caches where kStream), all branch-free
 
-template <class T>
-LSK_INLINE void store(T* p, Vec<T> x) {
-  const Stored<T> v = narrow(x, T{});
+template <bool kStream, class V>
+LSK_INLINE void store_bytes(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (kStream && sizeof v == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+  if constexpr (kStream && sizeof v == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+  if constexpr (kStream && sizeof v == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+template <class T>  // float and double
+struct Format {
+  LSK_INLINE int element(int i, int l) { return i * kWidth<T> + l; }
+  LSK_INLINE Group<T> load(const T* p) {
+    Group<T> x;
+    LSK_EACH(i) __builtin_memcpy(&x.v[i], p + i * kWidth<T>, sizeof x.v[i]);
+    return x;
+  }
+  template <bool kStream>
+  LSK_INLINE void store(T* p, const Group<T>& x) {
+    LSK_EACH(i) store_bytes<kStream>(p + i * kWidth<T>, x.v[i]);
+  }
+};
+
+// A vector of 32-bit words holds two of floats: elements 2l in the low halves, 2l + 1 in the high ones. No shuffles.
+template <>
+struct Format<BFloat16> {
+  using U = Bits<float>;
+  LSK_INLINE int element(int i, int l) { return (i / 2 * kWidth<float> + l) * 2 + i % 2; }
+  LSK_INLINE Group<BFloat16> load(const BFloat16* p) {
+    Group<BFloat16> x;
+    LSK_EACH(i) if (i % 2 == 0) {
+      U u;
+      __builtin_memcpy(&u, p + i * kWidth<float>, sizeof u);
+      x.v[i] = (Vec<float>)(u << 16);
+      x.v[i + 1] = (Vec<float>)(u & 0xffff0000);
+    }
+    return x;
+  }
+  // The high half of the result holds x to nearest even. A NaN stays one: its low half is 0, see operand().
+  LSK_INLINE U rounded(Vec<float> x) { return (U)x + 0x7fff + (((U)x >> 16) & 1); }
+  template <bool kStream>
+  LSK_INLINE void store(BFloat16* p, const Group<BFloat16>& x) {
+    LSK_EACH(i) if (i % 2 == 0)
+      store_bytes<kStream>(p + i * kWidth<float>, (rounded(x.v[i]) >> 16) | (rounded(x.v[i + 1]) & 0xffff0000));
+  }
+};
+
+template <>
+struct Format<Half> {
+  using U = Bits<float>;
+  using Packed = VectorOf<uint16_t, kWidth<float>>::type;
+  LSK_INLINE int element(int i, int l) { return i * kWidth<float> + l; }
+  LSK_INLINE Vec<float> widen(Packed h) {
+#if LSK_SIMD_BYTES == 64
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#elif LSK_SIMD_BYTES == 32
+    return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+    // Shifted into place, a half is a float with an exponent 112 too small: a product mends normals and subnormals.
+    const U u = __builtin_convertvector(h, U);
+    const U magnitude = (u & 0x7fff) << 13;
+    const U finite = (U)((Vec<float>)magnitude * 0x1p112f);
+    return (Vec<float>)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | ((u & 0x8000) << 16));
+#endif
+  }
+  LSK_INLINE Packed narrow(Vec<float> x) {
+#if LSK_SIMD_BYTES == 64
+    return (Packed)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif LSK_SIMD_BYTES == 32
+    return (Packed)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    // Adding a power of two 2^13 above x (and above half's subnormals) makes the adder round to half's 10 bits.
+    const U u = (U)x;
+    const U magnitude = u & 0x7fffffff;
+    U exponent = magnitude & 0x7f800000;
+    exponent = exponent < 0x38800000 ? exponent * 0 + 0x38800000 : exponent;
+    const Vec<float> scaled = ((Vec<float>)magnitude * 0x1p112f) * 0x1p-110f;  // 4|x|; inf from 2^16 on
+    const U sum = (U)(scaled + (Vec<float>)(exponent + 0x07800000));
+    const U number = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
+    const U half = magnitude > 0x7f800000 ? number * 0 + 0x7e00 : number;
+    return __builtin_convertvector(half | ((u >> 16) & 0x8000), Packed);
+#endif
+  }
+  LSK_INLINE Group<Half> load(const Half* p) {
+    Group<Half> x;
+    LSK_EACH(i) {
+      Packed h;
+      __builtin_memcpy(&h, p + i * kWidth<float>, sizeof h);
+      x.v[i] = widen(h);
+    }
+    return x;
+  }
+  template <bool kStream>
+  LSK_INLINE void store(Half* p, const Group<Half>& x) {
+    LSK_EACH(i) store_bytes<kStream>(p + i * kWidth<float>, narrow(x.v[i]));
+  }
+};
+
+// A partial group touches no memory behind its n elements.
 template <class T>
-LSK_INLINE void store_part(T* p, int64_t n, Vec<T> x) {
-  T lanes[kWidth<T>];
-  store(lanes, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+LSK_INLINE Group<T> load_part(const T* p, int64_t n) {
+  T lanes[kGroup<T>] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return Format<T>::load(lanes);
 }
 
-// Past the caches, where the target has such a store for this size; p is aligned to the vector.
 template <class T>
-LSK_INLINE void store_stream(T* p, Vec<T> x) {
-#if defined(__x86_64__)
-  const Stored<T> v = narrow(x, T{});
-  if constexpr (sizeof v == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
-  if constexpr (sizeof v == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
-  if constexpr (sizeof v == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
-  if constexpr (sizeof v == 8) return _mm_stream_si64((long long*)p, (long long)v);
-#else
-  store(p, x);
-#endif
+LSK_INLINE void store_part(T* p, int64_t n, const Group<T>& x) {
+  T lanes[kGroup<T>];
+  Format<T>::template store<false>(lanes, x);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// Lanes of vector i whose element lies in [begin, end).
+template <class T>
+LSK_INLINE Signed<T> lanes_between(int i, int64_t begin, int64_t end) {
+  Signed<T> index;
+  for (int l = 0; l < kWidth<T>; ++l) index[l] = Format<T>::element(i, l);
+  using S = typename Lanes<T>::Signed;
+  return (Signed<T>)(index >= S(begin)) & (Signed<T>)(index < S(end));
+}
+
+// The same number in every lane; a NaN with a payload that no rounding carries away.
+template <class T>
+LSK_INLINE Vec<T> operand(double x) {
+  return splat<T>(x == x ? Acc<T>(x) : Acc<T>(NAN));
 }
 
 // exp(x) for x <= 0, exactly 0 below the smallest normal number, NaN for NaN (every comparison is written so that NaN

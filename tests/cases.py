@@ -1,210 +1,221 @@
-"""The table of cases, the float64 oracle and the tolerance rule: whatever judges numbers judges them here.
-
-*Oracle*: float64 of the same, already rounded, inputs, in a few lines that share nothing with the package: dense q by its
-definition, ``log_softmax``, autograd. *Rule*: |ours - oracle| <= max(2·|F.cross_entropy in float32 - oracle|, a few ulp), for
-every row's loss and every entry of the gradient on its own, and with half the ulps for the sum over a row, so that an error
-common to all classes shows although each entry would pass. The ulps are of the numbers that the arithmetic adds, because
-p - q may cancel: FEW·2⁻²³·(p·(1 + |z - zmax| + |logsum|) + q), exp and log turning an absolute error into a relative one.
-FEW = 4: an exp and a log good to 1 ulp each, the division, the difference and the row factor, each half an ulp, and a spare
-one. A gradient in half precision adds half an ulp of itself: it is rounded once.
-"""
+"""The table of cases, and how one of them is run under a backend; ``rule`` judges the numbers."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from rule import HALF, Problem, acc_dtype, assert_close, expect, judge_grad, judge_loss, judge_stats
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
 
-HALF = (torch.float16, torch.bfloat16)
 SINGLE = (torch.float32,)
 ALL = (*HALF, torch.float32, torch.float64)
-FEW = 4.0
-F_OPTIONS = {"weight", "ignore_index", "label_smoothing"}
+Build = Callable[[torch.Generator], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. ``large``: a vocabulary of real size, which the interpreter is too slow for."""
+
+    name: str
+    regressions: str
+    build: Build
+    dtypes: tuple[torch.dtype, ...] = ALL
+    large: bool = False
+
+    def problem(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
+        x, target, options = self.build(torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+        acc = acc_dtype(dtype)
+        placed = {n: v.to(device, acc) if isinstance(v, Tensor) else v for n, v in options.items()}
+        target = target.to(device, acc) if target.is_floating_point() else target.to(device)
+        return Problem(x.to(dtype).to(device), target, placed)
+
+    def features(self) -> frozenset[str]:
+        """What a backend needs to serve it."""
+        problem = self.problem()
+        return lsk.LossSpec(**problem.options).features(index_target=not problem.target.is_floating_point())
 
 
-class Problem(NamedTuple):
-    """One call on rows: logits (N, K) in the dtype under test, targets (N,) or (N, K), the options of the loss."""
+def normal(n: int, k: int, spread: float = 3.0, shift: float = 0.0, ignored: int = 0, **options: Any) -> Build:
+    """Gaussian logits, random targets, every ``ignored``-th row ignored; options that are functions are drawn."""
 
-    logits: Tensor
-    target: Tensor
-    options: dict[str, Any]
+    def build(rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        x = torch.randn(n, k, generator=rng, dtype=torch.float64) * spread + shift
+        y = torch.randint(k, (n,), generator=rng)
+        if ignored:
+            y[::ignored] = options.get("ignore_index", -100)
+        return x, y, {name: v(rng) if callable(v) else v for name, v in options.items()}
 
-    @property
-    def keep(self) -> Tensor:
-        if self.target.is_floating_point():
-            return torch.ones(len(self.target), dtype=torch.bool, device=self.target.device)
-        return self.target != self.options.get("ignore_index", -100)
-
-
-def transformed(x: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **_: Any) -> Tensor:
-    z = x * logit_scale
-    return z if softcap is None else torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+    return build
 
 
-def dense_q(problem: Problem, z: Tensor) -> Tensor:
-    """q (N, K) in float64, each convention by its definition."""
-    options, z = problem.options, z.detach().double()
-    n, k = z.shape
-    if problem.target.is_floating_point():
-        t = problem.target.double()
-    else:
-        t = F.one_hot(torch.where(problem.keep, problem.target.long(), 0), k).double()
-    eps = options.get("label_smoothing", 0.0)
-    eps = eps.double().reshape(-1, 1) if isinstance(eps, Tensor) else eps
-    covered = z > -torch.inf if options.get("smooth_over") == "finite" else torch.ones_like(z, dtype=torch.bool)
-    count = covered.sum(-1, keepdim=True)
-    smoothing = options.get("smoothing", "uniform")
-    if isinstance(smoothing, Tensor):
-        u = smoothing.double() * covered
-        q = (1 - eps) * t + eps * (u / u.sum(-1, keepdim=True) if options.get("smooth_over") == "finite" else u)
-    elif smoothing == "others":  # what is taken from a class goes to the other covered ones in equal parts
-        q = torch.where(count > 1, (1 - eps) * t + eps * (covered * 1.0 - t) / (count - 1).clamp_min(1), t)
-    else:
-        q = (1 - eps) * t + eps * covered / count
-    weight = options.get("weight")
-    return q if weight is None else q * weight.double()
+def sure(k: int, rows: list[tuple[float, float]]) -> Build:
+    """Rows (p, ε) with that probability at the target even after rounding to bf16: its logit is a multiple of 1/4, and
+    the many small logits of the others, whose roundings average out, take up the rest."""
+
+    def build(rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        n, odds = len(rows), torch.tensor([p / (1 - p) for p, _ in rows], dtype=torch.float64).log()
+        x = torch.randn(n, k, generator=rng, dtype=torch.float64) * 0.05
+        y = torch.randint(k, (n,), generator=rng)
+        x.scatter_(1, y[:, None], -torch.inf)
+        rest = torch.logsumexp(x, 1)
+        top = ((odds + rest) * 4).round() / 4
+        x = (x + (top - odds - rest)[:, None]).scatter(1, y[:, None], top[:, None])
+        return x, y, {"label_smoothing": torch.tensor([eps for _, eps in rows])} if any(eps for _, eps in rows) else {}
+
+    return build
 
 
-class Expected(NamedTuple):
-    """Oracle, PyTorch's float32 and the few ulps of every row's loss and of every entry of Σ factor·loss's gradient."""
+def edit(build: Build, change: Callable[[Tensor, Tensor], None]) -> Build:
+    """The logits and targets of ``build``, changed in place."""
 
-    z: Tensor
-    loss: Tensor
-    grad: Tensor
-    torch_loss: Tensor
-    torch_grad: Tensor
-    loss_ulps: Tensor
-    grad_ulps: Tensor
+    def edited(rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        x, y, options = build(rng)
+        change(x, y)
+        return x, y, options
 
-
-def _evaluate(problem: Problem, factors: Tensor, dtype: torch.dtype, by_torch: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, loss, gradient of Σ factor·loss) in ``dtype``: by the oracle, or by F.cross_entropy."""
-    options, keep = problem.options, problem.keep
-    x = torch.where(keep[:, None], problem.logits.detach().to(dtype), 0.0).requires_grad_()
-    z = transformed(x, **options)
-    if by_torch and options.keys() <= F_OPTIONS and not isinstance(options.get("label_smoothing"), Tensor):
-        weight = options.get("weight")
-        target = problem.target if problem.target.is_floating_point() else problem.target.long()
-        known = options | {"weight": None if weight is None else weight.to(dtype)}
-        loss = F.cross_entropy(z, target.to(dtype) if target.is_floating_point() else target, reduction="none", **known)
-    else:
-        q = dense_q(problem, z).to(dtype)
-        log_p = torch.log_softmax(z, -1)
-        loss = F.cross_entropy(z, q, reduction="none") if by_torch else -torch.where(q == 0, 0.0, q * log_p).sum(-1)
-        loss = loss + options.get("z_loss", 0.0) * torch.logsumexp(z, -1).square()
-    loss = torch.where(keep, loss, 0.0)
-    (grad,) = torch.autograd.grad(loss, x, torch.where(keep, factors, 0.0).to(dtype))
-    return z.detach().double(), loss.detach().double(), torch.where(keep[:, None], grad, 0.0).double()
+    return edited
 
 
-def expect(problem: Problem, factors: Tensor) -> Expected:
-    """What Σ factor·loss and its gradient must be, and how far off they may be."""
-    acc, options = acc_dtype(problem.logits.dtype), problem.options
-    z, loss, grad = _evaluate(problem, factors, torch.float64, by_torch=False)
-    _, torch_loss, torch_grad = _evaluate(problem, factors, acc, by_torch=True)
-    q = dense_q(problem, z)
-    zmax = z.amax(-1, keepdim=True)
-    down = torch.where(z == -torch.inf, 0.0, (z - zmax).abs())
-    logsum = torch.logsumexp(z - zmax, -1, keepdim=True).abs()
-    p, mass, zeta = torch.softmax(z, -1), q.abs().sum(-1, keepdim=True), options.get("z_loss", 0.0)
-    lse = (zmax + logsum).abs()
-    if options.keys() & {"logit_scale", "softcap"}:  # z itself carries a rounding error of its own size
-        down = down + torch.where(z == -torch.inf, 0.0, z.abs()) + zmax.abs()
-    few = FEW * torch.finfo(acc).eps
-    loss_ulps = few * (mass * logsum + (q.abs() * down).sum(-1, keepdim=True) + 2 * zeta * lse.square())[:, 0]
-    slope = options.get("logit_scale", 1.0) * factors.abs()[:, None]
-    grad_ulps = few * slope * ((mass + 2 * zeta * lse) * p * (1 + down + logsum) + q.abs())
-    return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0), grad_ulps.nan_to_num(0))
+def soft(n: int, k: int, mass: float, **options: Any) -> Build:
+    """Class probabilities as targets, which sum to ``mass``."""
+
+    def build(rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        x, _, drawn = normal(n, k, **options)(rng)
+        return x, torch.softmax(torch.randn(n, k, generator=rng, dtype=torch.float64), -1) * mass, drawn
+
+    return build
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours of ``dtype`` at ``value``."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(value.abs().clamp_min(info.smallest_normal).nan_to_num(1.0))
-    return torch.ldexp(torch.full_like(value, info.eps), exponent - 1)
+def only_one_finite(at: Callable[[int], int], aim: Callable[[int], int]) -> Callable[[Tensor, Tensor], None]:
+    def change(x: Tensor, y: Tensor) -> None:
+        k = x.shape[1]
+        value = x[:, at(k)].clone()
+        x.fill_(-torch.inf)
+        x[:, at(k)] = value
+        y.fill_(aim(k))
+
+    return change
 
 
-def assert_close(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
-    """Every value within what is allowed for it; NaN and infinities in the same places."""
-    got, want = got.double(), want.double()
-    special = ~want.isfinite() | ~got.isfinite()
-    same = (got == want) | (got.isnan() & want.isnan())
-    error = torch.where(special, torch.where(same, 0.0, torch.inf), (got - want).abs())
-    excess = (error - allowed.nan_to_num(0)).flatten()
-    if excess.numel() and excess.max() > 0:
-        i = int(excess.argmax())
-        values = [t.expand(error.shape).flatten()[i].item() for t in (got, want, error, allowed)]
-        raise AssertionError("{}, entry {}: got {!r}, oracle {!r}, off by {:.3g}, allowed {:.3g}".format(what, i, *values))
+def mask_classes(x: Tensor, y: Tensor) -> None:
+    """Every third class at -inf, the target's not."""
+    kept = x.gather(1, y.clamp_min(0)[:, None])
+    x[:, ::3] = -torch.inf
+    x.scatter_(1, y.clamp_min(0)[:, None], kept)
 
 
-def judge_loss(want: Expected, loss: Tensor, factors: Tensor | None = None, denominator: float = 1.0) -> None:
-    """Judge the losses of the rows, or, with factors, their weighted sum."""
-    allowed = torch.maximum(2 * (want.torch_loss - want.loss).abs().nan_to_num(0), want.loss_ulps)
-    if factors is None:
-        return assert_close("loss", loss, want.loss, allowed)
-    terms = want.loss * factors
-    few = FEW * torch.finfo(acc_dtype(loss.dtype)).eps
-    assert_close("loss", loss, terms.sum() / denominator, ((allowed + few * want.loss.abs()) * factors.abs()).sum() / abs(denominator))
+def spoil_rows(x: Tensor, _: Tensor) -> None:
+    x[1, 5], x[3, 2] = torch.nan, torch.inf
+    x[5] = -torch.inf
 
 
-def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 1) -> None:
-    """Judge the gradient: the target's entry, the floor of the other classes, whole rows. A second rounding (an upstream
-    other than 1 multiplies a finished half-precision gradient) costs at most one more ulp."""
-    dtype = problem.logits.dtype
-    assert grad.dtype == dtype, grad.dtype
-    rounding = (roundings - 0.5) * ulp(want.grad, dtype) if dtype in HALF else torch.zeros_like(want.grad)
-    oracle = torch.where(want.grad.to(dtype).isinf(), want.grad.to(dtype).double(), want.grad)
-    torch_error = (want.torch_grad - want.grad).abs().nan_to_num(0)
-    allowed = torch.maximum(2 * torch_error, want.grad_ulps) + rounding
-    at_target = torch.zeros_like(allowed, dtype=torch.bool)
-    if not problem.target.is_floating_point():
-        inside = torch.where(problem.keep, problem.target.long(), 0)[:, None]
-        at_target.scatter_(1, inside, True)
-        assert_close("gradient at the target", grad.gather(1, inside), oracle.gather(1, inside), allowed.gather(1, inside))
-    off = ~at_target
-    assert_close("gradient off the target", grad * off if grad.isfinite().all() else grad, oracle * off if oracle.isfinite().all() else oracle, allowed)
-    whole = torch.maximum(2 * torch_error.sum(-1), want.grad_ulps.sum(-1) / 2) + rounding.sum(-1)
-    finite = oracle.isfinite().all(-1)
-    error = torch.where(finite[:, None], (grad.double() - oracle).abs(), 0.0).sum(-1)
-    assert_close("gradient of a whole row, Σ|error|", error, torch.zeros_like(error), whole)
+def spoil_ignored(x: Tensor, _: Tensor) -> None:
+    x[0], x[3, ::2], x[6] = torch.nan, torch.inf, -torch.inf
 
 
-def judge_stats(problem: Problem, stats: lsk.RowStats) -> None:
-    """nll, lse, confidence and prediction; an ignored row has nll 0 and otherwise counts like any other."""
-    plain = {name: problem.options[name] for name in ("logit_scale", "softcap", "ignore_index") if name in problem.options}
-    unsmoothed = problem._replace(options=plain)
-    want = expect(unsmoothed, torch.ones(len(problem.target), dtype=torch.float64, device=problem.target.device))
-    judge_loss(want, stats.nll)
-    z = transformed(problem.logits.double(), **plain)
-    zmax = z.amax(-1)
-    logsum = torch.logsumexp(z - zmax[:, None], -1)
-    few = FEW * torch.finfo(stats.lse.dtype).eps
-    own = 1.0 if plain.keys() <= {"ignore_index"} else 2.0  # a transformed logit brings its own rounding
-    assert_close("lse", stats.lse, torch.logsumexp(z, -1), own * few * (zmax.abs() + logsum))
-    assert_close("confidence", stats.confidence, torch.softmax(z, -1).amax(-1), own * few * (1 + logsum + (own - 1) * zmax.abs()))
-    assert stats.prediction.dtype == torch.int64
-    for got, row in zip(stats.prediction.tolist(), z.cpu().numpy(), strict=True):
-        if not np.isnan(row).any():
-            assert got == row.argmax() or (own > 1 and np.isclose(row[got], row.max(), rtol=1e-6)), (got, row.argmax())
+def positive(k: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda rng: torch.rand(k, generator=rng) + 0.25
 
 
-# How a case is run
+def prior(k: int, zeros: int = 0) -> Callable[[torch.Generator], Tensor]:
+    def draw(rng: torch.Generator) -> Tensor:
+        u = torch.rand(k, generator=rng, dtype=torch.float64)
+        u[:zeros] = 0
+        return u / u.sum()
+
+    return draw
+
+
+SURE = [(p, 0.0) for p in (0.9, 0.99, 0.999)]
+AS_SURE = [(1 - eps + step, eps) for eps in (0.05, 0.1, 0.2) for step in (-1e-3, -1e-4, 1e-4, 1e-3)]
+FIRST, MIDDLE, LAST = (lambda k: 0), (lambda k: k // 2), (lambda k: k - 1)
+ALONE = {"first": FIRST, "middle": MIDDLE, "last": LAST}
+REAL = (torch.bfloat16, *SINGLE)
+NOT_FP16 = (torch.bfloat16, *SINGLE, torch.float64)
+
+EPS: dict[str, Any] = {"label_smoothing": 0.1}
+BOTH: dict[str, Any] = {"smooth_over": "finite", **EPS}
+EVERYTHING: dict[str, Any] = {"smoothing": "others", "z_loss": 0.01, "softcap": 8.0, "logit_scale": 1.5, **EPS}
+
+CASES = (
+    Case("one class", "R31", normal(3, 1, **EPS)),
+    Case("two classes", "R31", normal(4, 2, **EPS)),
+    Case("three classes", "R31", normal(4, 3, smoothing="others", **EPS)),
+    Case("smaller than a tile", "R31", normal(4, 17, shift=-100.0, **EPS)),
+    Case("one above a tile", "R31", normal(3, 1025, shift=-30.0, **EPS)),
+    Case("odd width", "R31", normal(2, 2003, **EPS)),
+    Case("no smoothing", "R29", normal(4, 300)),
+    Case("uniform", "R29", normal(4, 300, **EPS)),
+    Case("others", "", normal(4, 300, smoothing="others", **EPS)),
+    Case("only smoothing", "R40", normal(3, 130, label_smoothing=1.0)),
+    Case("sharpening", "", normal(3, 130, label_smoothing=-0.3)),
+    Case("one epsilon on the device", "", normal(3, 130, label_smoothing=lambda rng: torch.tensor(0.2))),
+    Case("epsilon per row", "", normal(4, 130, smoothing="others", label_smoothing=lambda rng: torch.rand(4, generator=rng))),
+    Case("half the rows ignored", "R20 R21", normal(6, 200, ignored=2, label_smoothing=0.2)),
+    Case("everything ignored", "R19", normal(3, 50, ignored=1, **EPS)),
+    Case("ignored rows of NaN and infinities", "R18", edit(normal(9, 60, ignored=3, **EPS), spoil_ignored)),
+    Case("an ignored valid class", "R22", normal(9, 5, ignored=3, ignore_index=2, **EPS)),
+    Case("sure of the target", "R1", sure(1000, SURE)),
+    Case("as sure as smoothing asks", "R2", sure(1000, AS_SURE[::2])),
+    *(Case(f"one finite class, {n}", "R15", edit(normal(1, 3001), only_one_finite(at, at))) for n, at in ALONE.items()),
+    Case("one finite class, not the target", "R15", edit(normal(1, 3001), only_one_finite(MIDDLE, LAST))),
+    Case("masked classes", "R16", edit(normal(4, 200), mask_classes)),
+    Case("masked classes, smoothed", "R16", edit(normal(4, 200, **EPS), mask_classes)),
+    Case("NaN and infinite logits", "R17", edit(normal(7, 40, **EPS), spoil_rows)),
+    Case("shift 1e3", "R27", normal(2, 1000, shift=1e3, **EPS)),
+    Case("shift 1e4", "R27", normal(2, 1000, shift=1e4, **EPS)),
+    Case("shift 1e5", "R27", normal(2, 1000, shift=1e5, **EPS), NOT_FP16),
+    Case("shift -1e4", "R27", normal(2, 500, shift=-1e4, **EPS)),
+    Case("spread 200", "R34", normal(3, 300, spread=60.0, **EPS)),
+    Case("equal logits", "", normal(2, 70, spread=0.0, shift=2.0, **EPS)),
+    Case("class weights", "R22 R23", normal(8, 40, ignored=4, weight=positive(40), **EPS)),
+    Case("class weights, a valid class ignored", "R22 R23",
+         normal(8, 6, ignored=4, ignore_index=5, weight=positive(6), **EPS)),
+    Case("class weights, everything ignored", "R19 R23",
+         normal(4, 6, ignored=1, ignore_index=-1, weight=positive(6), **EPS)),
+    Case("prior", "", normal(5, 40, smoothing=prior(40), **EPS)),
+    Case("prior on masked classes", "R16", edit(normal(5, 41, smoothing=prior(41), **EPS), mask_classes)),
+    Case("finite classes", "R16", edit(normal(5, 40, **BOTH), mask_classes)),
+    Case("other finite classes", "R16", edit(normal(5, 40, smoothing="others", **BOTH), mask_classes)),
+    Case("prior over finite classes", "R16", edit(normal(5, 40, smoothing=prior(40, 3), **BOTH), mask_classes)),
+    Case("z-loss", "R28", normal(5, 60, z_loss=0.01, ignored=3, **EPS)),
+    Case("softcap 1", "R32", normal(4, 60, shift=-100.0, softcap=1.0, **EPS)),
+    Case("softcap 5 and scale", "R32", normal(4, 60, softcap=5.0, logit_scale=0.5, **EPS)),
+    Case("masked classes, softcap", "R16 R32", edit(normal(4, 60, softcap=30.0), mask_classes)),
+    Case("everything at once", "", normal(8, 40, ignored=4, weight=positive(40), **EVERYTHING)),
+    Case("probabilities", "R38", soft(5, 30, 1.0, **EPS)),
+    Case("probabilities that do not sum to 1", "R38", soft(5, 30, 1.7, weight=positive(30), label_smoothing=0.2)),
+    *(Case(f"K {k:,}", "R31", normal(2, k, **EPS), REAL, True) for k in (32_003, 50_257, 51_865, 129_920)),
+    *(Case(f"fp16, K {k:,}", "R25", normal(2, k, **EPS), HALF[:1], True) for k in (5000, 8000, 32_000, 128_256)),
+    Case("sure of the target, K 32,000", "R1", sure(32_000, SURE), (*HALF, *SINGLE), True),
+    Case("as sure as smoothing asks, K 32,000", "R2", sure(32_000, AS_SURE[::3]), (*HALF, *SINGLE), True),
+    *(Case(f"one finite class of 100,000, {n}", "R15", edit(normal(1, 100_000), only_one_finite(at, at)), REAL, True)
+      for n, at in ALONE.items()),
+    *(Case(f"softcap {c}, K {k:,}", "R32", normal(2, k, 2.0, -100.0, softcap=c, **EPS), SINGLE, True)
+      for c in (1.0, 5.0, 30.0) for k in (32_000, 65_537)),
+)  # fmt: skip
+
+
+def loss_and_grad(
+    place: tuple[str, str], x: Tensor, y: Tensor, upstream: Tensor | float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss under the backend of ``place`` and the gradient of Σ upstream·loss, on the caller's own memory."""
+    leaf = x.detach().requires_grad_()
+    loss = lsk.cross_entropy(leaf, y, backend=place[0], **options)
+    upstream = upstream if isinstance(upstream, Tensor) else torch.full_like(loss, upstream)
+    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    return loss.detach(), grad
 
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """A copy of ``tensor`` (N, K) inside a larger buffer of NaN, its rows apart and misaligned, and a check that every other bit of
-    the buffer is what it was. NaN: a read outside shows in the result, a write outside in the check."""
+    """A copy of ``tensor`` (N, K) inside a larger buffer of NaN, its rows apart and misaligned, and a check that every
+    other bit of the buffer is what it was. NaN: a read outside shows in the result, a write outside in the check."""
     n, k = tensor.shape
     buffer = torch.full((n + 2, k + 7), torch.nan, dtype=tensor.dtype, device=tensor.device)
     view = buffer[1:-1, 3 : 3 + k]
@@ -237,6 +248,11 @@ def denominator_of(problem: Problem, row_weight: Tensor) -> float:
     return total
 
 
+def truncates(backend: str, logits: Tensor) -> bool:
+    """Whether Triton's interpreter stores this gradient (``test_interpreter_truncates`` watches that it still does)."""
+    return backend == "triton" and logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+
+
 DIRECTIONS = ("forward", "rows", "mean", "inplace", "inplace rows")
 
 
@@ -248,11 +264,16 @@ def run_forward(problem: Problem, backend: str) -> None:
     want = expect(problem, torch.ones(len(loss), dtype=torch.float64, device=loss.device))
     judge_loss(want, loss)
     judge_stats(problem, stats)
-    assert_close("loss without statistics", lsk.cross_entropy(problem.logits, problem.target, **call), loss, torch.zeros_like(loss))
+    assert_close(
+        "loss without statistics",
+        lsk.cross_entropy(problem.logits, problem.target, **call),
+        loss,
+        torch.zeros_like(loss),
+    )
 
 
 def run_backward(problem: Problem, backend: str, direction: str) -> None:
-    """Loss and gradient, judged; nothing of the caller's is written, except with ``inplace`` the logits, and nothing around them."""
+    """Loss and gradient, judged; nothing of the caller's is written but, with ``inplace``, the logits themselves."""
     inplace = direction.startswith("inplace")
     source = problem.logits.clone()
     logits, check_guard = guarded(source)
@@ -277,8 +298,10 @@ def run_backward(problem: Problem, backend: str, direction: str) -> None:
             judge_loss(want, loss.detach(), row_weight.double(), denominator)
         else:
             assert loss.isnan(), "a mean over nothing is NaN"
-        roundings = 1 if scalar == 1 or x.dtype == torch.float16 else 2  # fp16 recomputes: its upstream multiplies before rounding
-    judge_grad(problem, want, grad, roundings)
+        roundings = (
+            1 if scalar == 1 or x.dtype == torch.float16 else 2
+        )  # fp16 recomputes: its upstream multiplies before rounding
+    judge_grad(problem, want, grad, roundings, truncates(backend, x))
     check_guard()
     assert inplace or torch.equal(logits.nan_to_num(7), source.nan_to_num(7)), "the logits were written"
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True)), "an argument was written"

@@ -1,21 +1,24 @@
 """Which form and size of a kernel runs: the only tuning table of this package, and the only place that launches.
 
-Not yet measured on a GPU. The rows come from ahead-of-time compilation (``tests/aot_check.py``: registers, no spills, 128-bit
-accesses) and from this reasoning: one program should keep at most 32 values of a row per thread, an SM should hold two
-programs or more where it can (one loads while the other reduces), and a row that no thread block holds goes over a cluster.
+Not yet measured on a GPU. The numbers come from ahead-of-time compilation (``tests/aot_check.py``: registers,
+no spills, 128-bit accesses) and from this reasoning: a row is read once where a thread block, or a cluster of up to 16,
+holds it; an SM should hold two programs where it can, so that one loads while the other reduces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -30,42 +33,37 @@ class Machine:
 
     @property
     def clusters(self) -> bool:
-        """Triton 3.6 and 3.7 fail while compiling a reduction over CTAs; GeForce parts (12.x) have no clusters to speak of."""
-        return self.capability[0] in (9, 10) and self.triton >= (3, 8)
+        """Triton 3.6 and 3.7 fail while compiling a reduction over CTAs."""
+        return self.capability[0] in _CLUSTER and self.triton >= (3, 8)
+
+
+_ANY = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: ``form`` is "block" (row read once), "sweep" (read twice where a gradient is made), "split", "merge" or "chunk"."""
+    """One launch; ``form`` is "block" (read once), "sweep" (twice where a gradient is made), "split", "merge", "chunk"."""
 
     form: str
     block: int
     warps: int
     ctas: int = 1
-    programs: int = 2**31 - 1  # the grid has at most so many, each takes several units of work
+    programs: int = _ANY  # the grid has at most so many, each takes several units of work
     splits: int = 1
 
 
-#        bytes, largest K: warps, CTAs, programs per SM
+# Rows of one thread block, read once: largest K, warps, programs per SM
 _BLOCK = (
-    (2, 1024, 4, 1, 8),  # one 128-bit load per thread
-    (2, 4096, 8, 1, 4),
-    (2, 8192, 8, 1, 3),
-    (2, 16384, 16, 1, 2),
-    (2, 32768, 32, 1, 1),  # the largest row that one thread block holds without spills
-    (2, 65536, 16, 4, 1),  # from here on over a thread-block cluster
-    (2, 131072, 16, 8, 1),
-    (2, 262144, 32, 8, 1),
-    (4, 1024, 4, 1, 8),
-    (4, 4096, 8, 1, 4),
-    (4, 8192, 16, 1, 2),
-    (4, 16384, 32, 1, 1),
-    (4, 65536, 16, 8, 1),
-    (4, 131072, 32, 8, 1),
-    (4, 262144, 32, 8, 1),
+    (1024, 4, 8),  # two 128-bit loads per thread in float32, one in half precision
+    (4096, 8, 4),
+    (8192, 16, 2),
+    (16384, 32, 1),  # 16 values per thread of 64 registers; twice as many spill with Triton 3.6, and on sm_100
 )
-#          bytes: block, warps, programs per SM
-_SWEEP = {2: (8192, 16, 2), 4: (8192, 16, 2)}  # also the longest row of a loss without gradient that is worth one block
+# Longer rows, read once by a cluster of 2 to 16 thread blocks, by compute capability: elements and warps of each block
+_CLUSTER = {9: (16384, 16), 10: (16384, 32)}  # each spills a word or two with the warps of the other
+_MAX_CTAS = 16
+# bytes: block, warps, programs per SM
+_SWEEP = {2: (4096, 16, 3), 4: (2048, 8, 6)}  # larger blocks spill a word or two with one Triton or the other
 _CHUNK = {2: (4096, 8, 8), 4: (4096, 8, 8)}  # gradient and scale: no reduction, so small blocks and a full SM
 _INTERPRETER = Machine((0, 0), sms=2)  # two programs: a persistent loop is really one
 _forced: dict[str, Any] = {}
@@ -73,7 +71,7 @@ _forced: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def override(**choice: Any) -> Iterator[None]:
-    """Force fields of every row or chunk plan made inside (``form``, ``block``, ``splits``, ``warps``, …), or ``machine``: for tests."""
+    """Force fields of the plans made inside (``form``, ``block``, ``splits``, …), or ``machine``: for tests."""
     before = dict(_forced)
     _forced.update(choice)
     try:
@@ -98,11 +96,13 @@ def machine_of(tensor: Tensor) -> Machine:
 
 def _settled(plan: Plan, k: int) -> Plan:
     plan = replace(plan, **{name: value for name, value in _forced.items() if name != "machine"})
-    return replace(plan, block=max(plan.block, triton.next_power_of_2(k))) if plan.form == "block" else plan
+    if plan.form == "block":
+        return replace(plan, block=max(plan.block, triton.next_power_of_2(k)))
+    return replace(plan, programs=_ANY) if plan.form == "split" else plan
 
 
 def row_plan(logits: Tensor, *, with_grad: bool, alike: bool) -> Plan:
-    """The form of the loss of logits (N, K); ``alike``: the vectors of a row of the logits are vectors of the gradient too."""
+    """The form for logits (N, K); ``alike``: the vectors of a row of the logits are vectors of the gradient too."""
     machine = machine_of(logits)
     n, k = logits.shape
     if machine == _INTERPRETER:  # about eight blocks per row at any K, so that small cases take every path
@@ -125,13 +125,14 @@ def _unsplit(machine: Machine, k: int, itemsize: int, with_grad: bool, alike: bo
     sweep = Plan("sweep", block, warps, programs=machine.sms * per_sm)
     if not with_grad and k > block:
         return sweep  # it is read once in any case, and smaller blocks overlap better
-    for row_itemsize, largest, warps, ctas, per_sm in _BLOCK:
-        if row_itemsize == itemsize and k <= largest:
-            if ctas > 1 and not (machine.clusters and alike):
-                return sweep  # a narrow store moves elements between threads first, in a cluster between SMs
-            block = max(128, triton.next_power_of_2(k))
-            return Plan("block", block, warps, ctas, programs=max(1, machine.sms * per_sm // ctas))
-    return sweep
+    for largest, warps, per_sm in _BLOCK:
+        if k <= largest:
+            return Plan("block", max(128, triton.next_power_of_2(k)), warps, programs=machine.sms * per_sm)
+    if not (machine.clusters and alike):
+        return sweep  # a narrow store moves elements between threads first, in a cluster between SMs
+    part, warps = _CLUSTER[machine.capability[0]]
+    ctas = triton.next_power_of_2(k) // part
+    return Plan("block", ctas * part, warps, ctas, machine.sms // ctas) if ctas <= _MAX_CTAS else sweep
 
 
 def merge_plan(n_splits: int) -> Plan:
@@ -151,7 +152,11 @@ def chunk_plan(tensor: Tensor, k: int) -> Plan:
 def start(kernel: Any, plan: Plan, units: int, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Launch for so many units of work, on the device of the first argument and its current stream."""
     device = arguments[0].device
+    options = {"BLOCK": plan.block, "num_warps": plan.warps, "num_ctas": plan.ctas, "enable_fp_fusion": False}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(min(units, plan.programs),)](
-            *arguments, **constants, BLOCK=plan.block, num_warps=plan.warps, num_ctas=plan.ctas
-        )
+        run(kernel, (min(units, plan.programs),), arguments, {**constants, **options})
+
+
+def run(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The launch itself; ``tests/aot_check.py`` puts a compilation in its place."""
+    kernel[grid](*arguments, **options)

@@ -67,8 +67,10 @@ def _run_forward(
         row_kernel,
         plan,
         n,
-        (x.base, None if grad is None else g.base, target, eps, eps_values, scales, *outputs)
-        + (n, k, x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        (
+            *(x.base, None if grad is None else g.base, target, eps, eps_values, scales, *outputs, n, k),
+            *(x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        ),
         VEC=x.vec,
         EDGES=x.edges,
         G_ALIGNED=alike,
@@ -105,8 +107,10 @@ def _run_split(
         merge_kernel,
         launch.merge_plan(n_splits),
         n,
-        (x.base, target, eps, eps_values, part, k_part, *outputs)
-        + (n * n_splits, n_splits, k, x.lead, x.stride, eps_stride, ignore_index),
+        (
+            *(x.base, target, eps, eps_values, part, k_part, *outputs),
+            *(n * n_splits, n_splits, k, x.lead, x.stride, eps_stride, ignore_index),
+        ),
     )
 
 
@@ -133,8 +137,10 @@ def _run_backward(
         grad_kernel,
         plan,
         n * n_chunks,
-        (x.base, g.base, target, eps, eps_values, scales, zmax, logsum, n * n_chunks, n_chunks, k)
-        + (x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        (
+            *(x.base, g.base, target, eps, eps_values, scales, zmax, logsum, n * n_chunks, n_chunks, k),
+            *(x.lead, x.stride, g.lead, g.stride, eps_stride, scale_stride, ignore_index),
+        ),
         VEC=x.vec,
         EDGES=x.edges,
         G_ALIGNED=aligned_alike(x, g),

@@ -1,9 +1,12 @@
-"""The maths of a row on the device, under the names of ``labelsmooth_kernels.reference`` (which derives it), in float32.
+"""The maths of a row on the device, under the names of ``labelsmooth_kernels.reference``, which derives it. float32.
 
 A piece of a row is (m, s, d) = (max z, Σ exp(z - m), Σ (z - m)) over n classes; pieces merge by (max, rescaled sum,
-re-shifted sum), so two large numbers are never subtracted and (zmax, logsum) stay two numbers to the end. A piece that is
-all -inf contributes exactly nothing to s. ``tl.max`` drops a NaN: it is s that carries it, into logsum and so into everything.
+re-shifted sum), so two large numbers are never subtracted, and (zmax, logsum) stay two numbers to the end. A piece that
+is all -inf contributes exactly nothing to s. ``tl.max`` drops a NaN: it is s that carries it, into logsum and thence
+into the loss and every entry of the gradient.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl
@@ -12,7 +15,7 @@ import triton.language as tl
 @triton.jit
 def weights(e, K):
     """(a, b) of q = a·[k = y] + b: a = 1 - e, b = e/K."""
-    return 1.0 - e, tl.div_rn(e, K.to(tl.float32))
+    return 1.0 - e, e / K
 
 
 @triton.jit
@@ -51,9 +54,11 @@ def merge(m1, s1, d1, n1, m2, s2, d2, n2):
 
 
 @triton.jit
-def first_index(b_z, m, b_k, m_z):
-    """The lowest class among those of a block that equal m; 2³¹ - 1 where there is none."""
-    return tl.min(tl.where(m_z & (b_z == m), b_k, 2147483647), 0)
+def first_index(b_z, m, o, m_z, VEC: tl.constexpr):
+    """The lowest of the positions o whose z equals m, or 2³⁰ and more; groups, then lanes: see ``equals``."""
+    hit = m_z & (b_z == m)
+    group = tl.min(tl.where(hit, o // VEC, 1073741824 // VEC), 0)
+    return group * VEC + tl.min(tl.where(hit & (o // VEC == group), o % VEC, VEC - 1), 0)
 
 
 @triton.jit

@@ -1,19 +1,24 @@
-"""How kernels reach the rows of a (N, K) tensor by 128-bit accesses at any K, stride and alignment: host and device half.
+"""How kernels reach the rows of a (N, K) tensor by 128-bit accesses at any K, stride and alignment; host, then device.
 
 Pointers come 16-byte aligned, with a ``lead`` in elements. A row is cut into the VEC-wide groups that lie wholly inside
-it and at most 2·(VEC - 1) edge elements before and after them. The groups are whole vectors, the mask over them constant
-over each; the edges take one access of 2·VEC lanes of their own. So nothing outside a row is ever touched, and an
-unaligned row (K = 50,257) costs one narrow load and store more, and no further bytes: its edges lie in sectors that the
-row covers anyway. EDGES = False drops that code where every row is aligned; VEC = 1 is the same code, accesses narrow.
+it and at most 2·(VEC - 1) edge elements before and after them. The groups are whole vectors, and the mask over them is
+constant over each; the edges take one access of 2·VEC lanes of their own. So nothing outside a row is ever touched, and
+an unaligned row (K = 50,257) costs one narrow load and store more, but no further bytes: its edges lie in sectors that
+the row covers anyway. EDGES = False drops that code where every row is aligned; VEC = 1 is the same code with narrow
+accesses, for memory that cannot be aligned. Where only the gradient has another alignment, its stores alone are narrow.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -48,7 +53,7 @@ def aligned_alike(x: Rows, grad: Rows) -> bool:
 
 @triton.jit
 def cut(start, K, VEC: tl.constexpr):
-    """(head, first, n_main) of the row at element ``start``: classes [head, head + n_main) are whole groups, at ``first``."""
+    """(head, first, n_main) of the row at ``start``: its whole groups are classes [head, head + n_main), at ``first``."""
     first = (start + (VEC - 1)) // VEC * VEC
     head = tl.minimum(first - start, K).to(tl.int32)
     return head, first, (K - head) // VEC * VEC
@@ -69,8 +74,15 @@ def load(ptr, mask):
 
 @triton.jit
 def main_of_grad(g_start, head, VEC: tl.constexpr, G_ALIGNED: tl.constexpr):
-    """Where the groups of a row begin in the gradient; aligned (the division changes nothing) where both tensors agree."""
+    """Where the groups of a row begin in the gradient; the division changes nothing, it proves the alignment."""
     g_main = g_start + head
     if G_ALIGNED:
         g_main = g_main // VEC * VEC
     return g_main
+
+
+@triton.jit
+def equals(o, position, VEC: tl.constexpr):
+    """o == position, group by group and lane by lane: the lanes are constants, so a persistent loop over rows keeps VEC
+    times fewer loop-invariant registers than for the comparison itself, which makes long blocks spill."""
+    return (o // VEC == position // VEC) & (o % VEC == position % VEC)

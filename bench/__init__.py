@@ -1,0 +1,1 @@
+"""Speed, memory and error of the losses, measured side by side in one process."""

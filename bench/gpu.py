@@ -1,0 +1,104 @@
+"""``python -m bench.gpu --out DIR``: everything that only a GPU can show, in one command of at most 8 minutes.
+
+Stages: install the tree in place, run the whole test suite, time the losses. Each has a budget; one that runs over is
+cut, which is said, and the next one starts. Logs, junit.xml and the figures (JSON, and a table that is also printed last)
+stay in DIR. It needs an NVIDIA GPU, torch, Triton and a C++ compiler, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .harness import ROOT, describe, provenance
+
+TOTAL_S = 470.0
+BUDGETS_S = {"install": 110.0, "tests": 170.0, "times": TOTAL_S}  # the times take what the others left
+TUNE_S = 600.0
+
+
+def run_stage(name: str, command: list[str], out: Path, budget_s: float) -> str:
+    """Run a command with its output in DIR/name.log; "ok", or what went wrong; over the budget its process group ends."""
+    log = out / f"{name}.log"
+    print(f"\n{name}: at most {budget_s:.0f} s, log in {log}", flush=True)
+    begin = time.monotonic()
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=budget_s)
+            outcome = "ok" if code == 0 else f"failed with exit code {code}"
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(stop, KeyboardInterrupt):
+                raise
+            outcome = f"cut after {budget_s:.0f} s: what its log holds is all there is"
+    tail = log.read_text(errors="replace").splitlines()[-(3 if outcome == "ok" else 25) :]
+    print("\n".join(f"    {line}" for line in tail))
+    print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
+    return outcome
+
+
+def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
+    python = [sys.executable, "-m"]
+    install = ["pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    tests = ["pytest", "tests", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'junit.xml'}"]
+    times = [
+        "bench.gpu_times",
+        "--out",
+        str(out),
+        "--device",
+        arguments.device,
+        *(["--tiny"] if arguments.tiny else []),
+    ]
+    result = {"install": [*python, *install], "tests": [*python, *tests], "times": [*python, *times]}
+    if arguments.tune:
+        result["tune"] = [*python, *times, "--tune"]
+    return {name: command for name, command in result.items() if name not in arguments.skip}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--tune", action="store_true", help="then sweep the launch table, for 10 minutes more at most")
+    parser.add_argument("--skip", nargs="+", default=[], choices=list(BUDGETS_S), help="leave stages out")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: exercises this program only")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: exercises this program only")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu: torch finds no CUDA device on this machine, so nothing was run.", file=sys.stderr)
+        return 2
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in ("times.md", "tune.md", "times.json", "tune.json", "junit.xml"):
+        (out / stale).unlink(missing_ok=True)
+    print(describe(provenance(arguments.device)))
+    deadline = time.monotonic() + TOTAL_S
+    outcomes = {}
+    for name, command in commands(arguments, out).items():
+        left = TUNE_S if name == "tune" else min(BUDGETS_S[name], deadline - time.monotonic())
+        outcomes[name] = run_stage(name, command, out, left)
+    for name in ("tune", "times"):
+        table = out / f"{name}.md"
+        if table.exists():
+            print(f"\n{table.read_text()}")
+    print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
+    if outcomes.get("tests", "ok") != "ok":
+        print("The tests did not all pass: no figure above may be quoted.")
+    print(f"logs and figures: {out}")
+    return 0 if set(outcomes.values()) <= {"ok"} else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

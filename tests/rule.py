@@ -1,0 +1,232 @@
+"""The float64 oracle and the tolerance rule: whatever judges numbers judges them here.
+
+*Oracle*: float64 of the same, already rounded, inputs, in a few lines that share nothing with the package: dense q by
+its definition, log_softmax, autograd. *Rule*: |ours - oracle| <= max(2·|F.cross_entropy in float32 - oracle|, few ulp),
+for every row's loss and every entry of the gradient on its own, and with half the ulps for the sum over a row, so that
+an error common to all classes shows although each entry would pass. The ulps are of the numbers that the arithmetic
+adds, because p - q may cancel: FEW·2^-23·(p·(1 + |z - zmax| + |logsum|) + q), exp and log turning an absolute error into
+a relative one and back. FEW = 4: an exp and a log good to 1 ulp each, the division, the difference and the row factor,
+each half an ulp, and a spare one; what went through a sum of K terms may have lost half an ulp for each doubling, as a
+pairwise sum does. In float64 the oracle errs as much as we do: twice that. A gradient in half precision adds half an
+ulp: it is rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from labelsmooth_kernels import RowStats
+
+HALF = (torch.float16, torch.bfloat16)
+FEW = 4.0
+F_OPTIONS = {"weight", "ignore_index", "label_smoothing"}
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def few_ulps(dtype: torch.dtype, summands: int = 1) -> float:
+    """A few ulps of the dtype that a call on ``dtype`` computes in, for the terms of a sum of that length."""
+    return (
+        (FEW + math.log2(max(summands, 1)) / 2)
+        * torch.finfo(acc_dtype(dtype)).eps
+        * (2 if dtype == torch.float64 else 1)
+    )
+
+
+class Problem(NamedTuple):
+    """One call on rows: logits (N, K) in the dtype under test, targets (N,) or (N, K), the options of the loss."""
+
+    logits: Tensor
+    target: Tensor
+    options: dict[str, Any]
+
+    @property
+    def keep(self) -> Tensor:
+        if self.target.is_floating_point():
+            return torch.ones(len(self.target), dtype=torch.bool, device=self.target.device)
+        return self.target != self.options.get("ignore_index", -100)
+
+
+def transformed(x: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **_: Any) -> Tensor:
+    z = x * logit_scale
+    return z if softcap is None else torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+
+
+def dense_q(problem: Problem, z: Tensor) -> Tensor:
+    """q (N, K) in float64, each convention by its definition."""
+    options, z = problem.options, z.detach().double()
+    k = z.shape[1]
+    if problem.target.is_floating_point():
+        t = problem.target.double()
+    else:
+        t = F.one_hot(torch.where(problem.keep, problem.target.long(), 0), k).double()
+    eps = options.get("label_smoothing", 0.0)
+    eps = eps.double().reshape(-1, 1) if isinstance(eps, Tensor) else eps
+    covered = (z > -torch.inf).double() if options.get("smooth_over") == "finite" else torch.ones_like(z)
+    count = covered.sum(-1, keepdim=True)
+    smoothing = options.get("smoothing", "uniform")
+    if isinstance(smoothing, Tensor):
+        u = smoothing.double() * covered
+        q = (1 - eps) * t + eps * (u / u.sum(-1, keepdim=True) if options.get("smooth_over") == "finite" else u)
+    elif smoothing == "others":  # what is taken from a class goes to the other covered ones in equal parts
+        q = torch.where(count > 1, (1 - eps) * t + eps * (covered - t) / (count - 1).clamp_min(1), t)
+    else:
+        q = (1 - eps) * t + eps * covered / count
+    weight = options.get("weight")
+    return q if weight is None else q * weight.double()
+
+
+class Expected(NamedTuple):
+    """Oracle, PyTorch's float32 and the few ulps of every row's loss and of every entry of Σ factor·loss's gradient."""
+
+    z: Tensor
+    loss: Tensor
+    grad: Tensor
+    torch_loss: Tensor
+    torch_grad: Tensor
+    loss_ulps: Tensor
+    grad_ulps: Tensor
+
+
+def _log_loss(z: Tensor, q: Tensor) -> Tensor:
+    """-Σ q·log_softmax(z) by torch.sum: the sums inside torch.log_softmax lose up to 1e-13 of a float64 gradient."""
+    shifted = z - z.detach().amax(-1, keepdim=True)
+    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    return -torch.where(q == 0, 0.0, q * log_p).sum(-1)
+
+
+def _evaluate(problem: Problem, factors: Tensor, dtype: torch.dtype, by_torch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, loss, gradient of Σ factor·loss) in ``dtype``: by the oracle, or by F.cross_entropy."""
+    options, keep = problem.options, problem.keep
+    x = torch.where(keep[:, None], problem.logits.detach().to(dtype), 0.0).requires_grad_()
+    z = transformed(x, **options)
+    if by_torch and options.keys() <= F_OPTIONS and not isinstance(options.get("label_smoothing"), Tensor):
+        weight = options.get("weight")
+        target = problem.target if problem.target.is_floating_point() else problem.target.long()
+        known = options | {"weight": None if weight is None else weight.to(dtype)}
+        loss = F.cross_entropy(z, target.to(dtype) if target.is_floating_point() else target, reduction="none", **known)
+    else:
+        q = dense_q(problem, z).to(dtype)
+        loss = F.cross_entropy(z, q, reduction="none") if by_torch else _log_loss(z, q)
+        loss = loss + options.get("z_loss", 0.0) * torch.logsumexp(z, -1).square()
+    loss = torch.where(keep, loss, 0.0)
+    (grad,) = torch.autograd.grad(loss, x, torch.where(keep, factors, 0.0).to(dtype))
+    return z.detach().double(), loss.detach().double(), torch.where(keep[:, None], grad, 0.0).double()
+
+
+def expect(problem: Problem, factors: Tensor) -> Expected:
+    """What Σ factor·loss and its gradient must be, and how far off they may be."""
+    acc, options = acc_dtype(problem.logits.dtype), problem.options
+    z, loss, grad = _evaluate(problem, factors, torch.float64, by_torch=False)
+    _, torch_loss, torch_grad = _evaluate(problem, factors, acc, by_torch=True)
+    q = dense_q(problem, z)
+    zmax = z.amax(-1, keepdim=True)
+    down = torch.where(z == -torch.inf, 0.0, (z - zmax).abs())
+    logsum = torch.logsumexp(z - zmax, -1, keepdim=True).abs()
+    p, mass, zeta = torch.softmax(z, -1), q.abs().sum(-1, keepdim=True), options.get("z_loss", 0.0)
+    lse = (zmax + logsum).abs()
+    if options.keys() & {"logit_scale", "softcap"}:  # z itself carries a rounding error of its own size
+        down = down + torch.where(z == -torch.inf, 0.0, z.abs()) + zmax.abs()
+    few, of_sum = few_ulps(acc), few_ulps(acc, z.shape[1])
+    loss_ulps = of_sum * (mass * (1 + logsum) + (q.abs() * down).sum(-1, keepdim=True) + 2 * zeta * lse.square())[:, 0]
+    slope = options.get("logit_scale", 1.0) * factors.abs()[:, None]
+    grad_ulps = slope * (of_sum * (mass + 2 * zeta * lse) * p * (1 + down + logsum) + few * q.abs())
+    return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0), grad_ulps.nan_to_num(0))
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbours of ``dtype`` at ``value``."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(value.abs().clamp_min(info.smallest_normal).nan_to_num(1.0))
+    return torch.ldexp(torch.full_like(value, info.eps), exponent - 1)
+
+
+def assert_close(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+    """Every value within what is allowed for it; NaN and infinities in the same places."""
+    got, want = got.double(), want.double()
+    special = ~want.isfinite() | ~got.isfinite()
+    same = (got == want) | (got.isnan() & want.isnan())
+    error = torch.where(special, torch.where(same, 0.0, torch.inf), (got - want).abs())
+    excess = (error - allowed.nan_to_num(0)).flatten()
+    if excess.numel() and excess.max() > 0:
+        i = int(excess.argmax())
+        values = [t.expand(error.shape).flatten()[i].item() for t in (got, want, error, allowed)]
+        raise AssertionError(
+            "{}, entry {}: got {!r}, oracle {!r}, off by {:.3g}, allowed {:.3g}".format(what, i, *values)
+        )
+
+
+def judge_loss(want: Expected, loss: Tensor, factors: Tensor | None = None, denominator: float = 1.0) -> None:
+    """Judge the losses of the rows, or, with factors, their weighted sum."""
+    allowed = torch.maximum(2 * (want.torch_loss - want.loss).abs().nan_to_num(0), want.loss_ulps)
+    if factors is None:
+        return assert_close("loss", loss, want.loss, allowed)
+    terms = want.loss * factors
+    few = few_ulps(loss.dtype)
+    assert_close(
+        "loss",
+        loss,
+        terms.sum() / denominator,
+        ((allowed + few * want.loss.abs()) * factors.abs()).sum() / abs(denominator),
+    )
+
+
+def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 1, truncated: bool = False) -> None:
+    """Judge the gradient: the target's entry, the floor of the other classes, whole rows. A second rounding (an upstream
+    other than 1 multiplies a finished half-precision gradient) costs at most one more ulp. ``truncated``: Triton's interpreter
+    converts to bfloat16 by cutting the low bits off, a whole ulp where hardware rounds to half of one."""
+    dtype = problem.logits.dtype
+    assert grad.dtype == dtype, grad.dtype
+    half_ulps = (2 * roundings - 1) * (2 if truncated else 1)
+    rounding = half_ulps / 2 * ulp(want.grad, dtype) if dtype in HALF else torch.zeros_like(want.grad)
+    oracle = torch.where(want.grad.to(dtype).isinf(), want.grad.to(dtype).double(), want.grad)
+    torch_error = (want.torch_grad - want.grad).abs().nan_to_num(0)
+    allowed = torch.maximum(2 * torch_error, want.grad_ulps) + rounding
+    at_target = torch.zeros_like(allowed, dtype=torch.bool)
+    if not problem.target.is_floating_point():
+        inside = torch.where(problem.keep, problem.target.long(), 0)[:, None]
+        at_target.scatter_(1, inside, True)
+        assert_close(
+            "gradient at the target", grad.gather(1, inside), oracle.gather(1, inside), allowed.gather(1, inside)
+        )
+    floor, oracle_floor = (torch.where(at_target, 0.0, t.double()) for t in (grad, oracle))
+    assert_close("gradient off the target", floor, oracle_floor, allowed)
+    whole = torch.maximum(2 * torch_error.sum(-1), want.grad_ulps.sum(-1) / 2) + rounding.sum(-1)
+    finite = oracle.isfinite().all(-1)
+    error = torch.where(finite[:, None], (grad.double() - oracle).abs(), 0.0).sum(-1)
+    assert_close("gradient of a whole row, Σ|error|", error, torch.zeros_like(error), whole)
+
+
+def judge_stats(problem: Problem, stats: RowStats) -> None:
+    """nll, lse, confidence and prediction; an ignored row has nll 0 and otherwise counts like any other."""
+    transforms = {name: problem.options[name] for name in ("logit_scale", "softcap") if name in problem.options}
+    unsmoothed = problem._replace(options=transforms | {"ignore_index": problem.options.get("ignore_index", -100)})
+    want = expect(unsmoothed, torch.ones(len(problem.target), dtype=torch.float64, device=problem.target.device))
+    judge_loss(want, stats.nll)
+    acc = stats.lse.dtype
+    z, z_torch = (transformed(problem.logits.to(dtype), **transforms) for dtype in (torch.float64, acc))
+    zmax, lse = z.amax(-1), torch.logsumexp(z, -1)
+    logsum = (lse - zmax).abs()
+    ulps = few_ulps(acc, z.shape[1]) * (1 + logsum + (zmax.abs() if transforms else 0))
+    error = (torch.logsumexp(z_torch, -1) - lse).abs().nan_to_num(0)
+    lse = torch.where(zmax == torch.inf, torch.nan, lse)  # zmax + logsum is inf - inf there, and the whole row NaN
+    assert_close("lse", stats.lse, lse, torch.maximum(2 * error, ulps + few_ulps(acc) * zmax.abs()))
+    confidence = torch.where(lse.isfinite(), stats.confidence, torch.nan)  # of a row without a finite lse there is none
+    top, top_torch = torch.softmax(z, -1).amax(-1), torch.softmax(z_torch, -1).amax(-1)
+    assert_close("confidence", confidence, top, torch.maximum(2 * (top_torch - top).abs().nan_to_num(0), ulps))
+    assert stats.prediction.dtype == torch.int64
+    for got, row in zip(stats.prediction.tolist(), z.cpu().numpy(), strict=True):
+        if not np.isnan(row).any():
+            assert got == row.argmax() or (transforms and np.isclose(row[got], row.max(), rtol=1e-6)), (
+                got,
+                row.argmax(),
+            )
