@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ QUICK = [Case(128, 32000, F32), Case(128, 32000, BF16), Case(64, 1000, F32)]
 BYTES_PER_ROW, BYTES_ONCE = 64, 4096
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     case: str
     what: str
     value: float
@@ -84,11 +83,13 @@ def main() -> int:
         failures += [row.refused for row in rows if row.provider in (OURS, OURS_INPLACE)]
         print(f"\n{suite.markdown(case, rows)}", flush=True)
     print(f"\n{verdict_table(found)}")
+    if facts["load average"] > 0.5:
+        print(f"\nLoad average {facts['load average']}: others were at work, so these times are not to be quoted.")
     if arguments.quick:
         print("\nThe aims are stated for the full cases; --quick only shows that the comparison runs.")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"provenance": facts, "cases": records, "aims": [asdict(v) for v in found]}
+        result = {"provenance": facts, "cases": records, "aims": [v._asdict() for v in found]}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\nwritten to {arguments.out}")
     return 1 if any(failures) else 0

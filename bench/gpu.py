@@ -1,8 +1,8 @@
 """``python -m bench.gpu --out DIR``: everything that only a GPU can show, in one command of at most 8 minutes.
 
 Stages: install the tree in place, run the whole test suite, time the losses. Each has a budget; one that runs over is
-cut, which is said, and the next one starts. Logs, junit.xml and the figures (JSON, and a table that is also printed last)
-stay in DIR. It needs an NVIDIA GPU, torch, Triton and a C++ compiler, and no network.
+cut, which is said, and the next one starts. Logs, junit.xml and the figures (JSON, and a table, printed last) stay in
+DIR. It needs an NVIDIA GPU, torch, Triton and a C++ compiler, and no network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TUNE_S = 600.0
 
 
 def run_stage(name: str, command: list[str], out: Path, budget_s: float) -> str:
-    """Run a command with its output in DIR/name.log; "ok", or what went wrong; over the budget its process group ends."""
+    """Run a command, its output in DIR/name.log; "ok", or what went wrong. Over the budget all its processes end."""
     log = out / f"{name}.log"
     print(f"\n{name}: at most {budget_s:.0f} s, log in {log}", flush=True)
     begin = time.monotonic()
@@ -65,7 +65,7 @@ def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--tune", action="store_true", help="then sweep the launch table, for 10 minutes more at most")
     parser.add_argument("--skip", nargs="+", default=[], choices=list(BUDGETS_S), help="leave stages out")
@@ -87,7 +87,7 @@ def main() -> int:
     deadline = time.monotonic() + TOTAL_S
     outcomes = {}
     for name, command in commands(arguments, out).items():
-        left = TUNE_S if name == "tune" else min(BUDGETS_S[name], deadline - time.monotonic())
+        left = TUNE_S if name == "tune" else max(1.0, min(BUDGETS_S[name], deadline - time.monotonic()))
         outcomes[name] = run_stage(name, command, out, left)
     for name in ("tune", "times"):
         table = out / f"{name}.md"

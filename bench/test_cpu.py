@@ -16,7 +16,7 @@ PAIRS = [(case, provider) for case in CASES for provider in PROVIDERS[case]]
 
 
 @pytest.mark.parametrize(
-    ("case", "provider"), PAIRS, ids=[f"{case.name}-{p.name}".replace(" ", "_") for case, p in PAIRS]
+    ("case", "provider"), PAIRS, ids=[f"{case.name}-{p.name}".replace(" ", "_").replace("×", "x") for case, p in PAIRS]
 )
 def test_step(benchmark: Any, case: Case, provider: Any) -> None:
     benchmark.group = case.name

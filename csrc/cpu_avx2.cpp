@@ -1,5 +1,6 @@
-// Row kernels for AVX2 with FMA and F16C. The pragma comes after the system headers: their functions stay baseline code.
-#if defined(__x86_64__)
+// Row kernels for AVX2 with FMA and F16C. The pragma comes after the system headers: their functions stay baseline
+// code.
+#if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

@@ -1,6 +1,6 @@
 // Row kernels for AVX-512 (F, BW, DQ, VL: what ATen calls avx512). The pragma comes after the system headers: their
 // functions stay baseline code.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>

@@ -1,8 +1,8 @@
 // The row kernels on SIMD vectors; see cpu_kernels.h for what each one does.
 //
-// A row crosses the memory bus once: each block is swept twice (max, then shifted sums) while it sits in the first-level
-// cache, and the gradient re-reads the row from the second-level cache and writes it once, past the caches where asked.
-// The exponential is computed twice, which costs less than keeping it would: one polynomial against a store and a load.
+// A row crosses the memory bus once: each block is swept twice (max, then shifted sums) while it sits in the
+// first-level cache, and the gradient re-reads the row from the second-level cache. The exponential is computed twice:
+// keeping it would cost a store, a load and the bits that make forward and backward give the same gradient.
 #pragma once
 
 #include "cpu_simd.h"
@@ -10,8 +10,8 @@
 namespace lsk {
 namespace {
 
-// Lane sums of a block. The terms exp(0) = 1 of the maximum (and its equals) are counted and not added: beside a 1, a float
-// would lose the digits of the small terms, which are all that the loss of a confident row consists of.
+// Lane sums of a block. The terms exp(0) = 1 of the maximum (and its equals) are counted and not added: beside a 1, a
+// float would lose the digits of the small terms, which are all that the loss of a confident row consists of.
 template <class T>
 struct Sums {
   Vec<T> exp, ones, dev;
@@ -90,60 +90,43 @@ int64_t find(const void* logits, int64_t n, double value) {
 template <class T>
 struct Gradient {
   Vec<T> zmax, logsum, factor, q_rest, q_target;
-  int64_t target;
 
   LSK_MEMBER Vec<T> at(Vec<T> z, Vec<T> q) const { return factor * dz(exp_nonpositive(log_p(z, zmax, logsum)), q); }
 
-  template <bool kStream>
+  // Whole groups without the target.
   LSK_MEMBER void sweep(const T* z, T* g, int64_t begin, int64_t end) const {
     for (int64_t k = begin; k < end; k += kGroup<T>) {
       Group<T> x = Format<T>::load(z + k);
       LSK_EACH(i) x.v[i] = at(x.v[i], q_rest);
-      Format<T>::template store<kStream>(g + k, x);
+      Format<T>::store(g + k, x);
     }
   }
 
-  // At most one group, which may hold the target.
-  LSK_MEMBER void piece(const T* z, T* g, int64_t begin, int64_t end) const {
+  // At most one group, which may hold the target: the same arithmetic with the target's weight in its lane.
+  LSK_MEMBER void piece(const T* z, T* g, int64_t begin, int64_t end, int64_t target) const {
     if (begin >= end) return;
     Group<T> x = load_part(z + begin, end - begin);
     const int64_t y = target >= begin && target < end ? target - begin : -1;
     LSK_EACH(i) x.v[i] = at(x.v[i], lanes_between<T>(i, y, y + 1) ? q_target : q_rest);
     store_part(g + begin, end - begin, x);
   }
-
-  // `head` elements bring g to the alignment that streaming stores ask for.
-  template <bool kStream>
-  LSK_MEMBER void row(const T* z, T* g, int64_t head, int64_t n) const {
-    const int64_t tail = n - (n - head) % kGroup<T>;
-    piece(z, g, 0, head);
-    if (target >= head && target < tail) {
-      const int64_t cut = target - (target - head) % kGroup<T>;
-      sweep<kStream>(z, g, head, cut);
-      piece(z, g, cut, cut + kGroup<T>);
-      sweep<kStream>(z, g, cut + kGroup<T>, tail);
-    } else {
-      sweep<kStream>(z, g, head, tail);
-    }
-    piece(z, g, tail, n);
-  }
 };
 
 template <class T>
-void gradient(const void* logits, void* grad, int64_t n, int64_t target, const GradientRow& r, bool stream) {
+void gradient(const void* logits, void* grad, int64_t n, int64_t target, const GradientRow& r) {
   const T* z = static_cast<const T*>(logits);
   T* g = static_cast<T*>(grad);
-  const Gradient<T> rule = {operand<T>(r.zmax),   operand<T>(r.logsum),   operand<T>(r.factor),
-                            operand<T>(r.q_rest), operand<T>(r.q_target), target};
-  const int64_t head = -reinterpret_cast<uintptr_t>(g) % LSK_SIMD_BYTES / sizeof(T);
-  if (stream && head <= n && reinterpret_cast<uintptr_t>(g + head) % LSK_SIMD_BYTES == 0) {
-    rule.template row<true>(z, g, head, n);
-#if defined(__x86_64__)
-    _mm_sfence();  // streamed lines are not ordered with the stores by which other threads learn that we are done
-#endif
-  } else {
-    rule.template row<false>(z, g, 0, n);
+  const Gradient<T> rule = {operand<T>(r.zmax), operand<T>(r.logsum), operand<T>(r.factor), operand<T>(r.q_rest),
+                            operand<T>(r.q_target)};
+  const int64_t whole = n - n % kGroup<T>;
+  const bool inside = target >= 0 && target < whole;
+  const int64_t cut = inside ? target - target % kGroup<T> : whole;
+  rule.sweep(z, g, 0, cut);
+  if (inside) {
+    rule.piece(z, g, cut, cut + kGroup<T>, target);
+    rule.sweep(z, g, cut + kGroup<T>, whole);
   }
+  rule.piece(z, g, whole, n, target);
 }
 
 template <class T>
@@ -154,7 +137,7 @@ void scale(void* grad, int64_t n, double factor) {
     const int64_t count = n - k < kGroup<T> ? n - k : kGroup<T>;
     Group<T> x = count < kGroup<T> ? load_part(g + k, count) : Format<T>::load(g + k);
     LSK_EACH(i) x.v[i] *= f;
-    count < kGroup<T> ? store_part(g + k, count, x) : Format<T>::template store<false>(g + k, x);
+    count < kGroup<T> ? store_part(g + k, count, x) : Format<T>::store(g + k, x);
   }
 }
 

@@ -21,14 +21,9 @@ struct VectorOf {
   typedef E type __attribute__((vector_size(sizeof(E) * W)));
 };
 
+// The arithmetic of a dtype, and the integers as wide as one lane; 16-bit floats compute in float.
 template <class T>
-struct Lanes {  // 16-bit floats compute in float
-  using Acc = float;
-  using Bits = uint32_t;
-  using Signed = int32_t;
-};
-template <>
-struct Lanes<float> {
+struct Lanes {
   using Acc = float;
   using Bits = uint32_t;
   using Signed = int32_t;
@@ -50,6 +45,7 @@ template <class T>
 using Bits = typename VectorOf<typename Lanes<T>::Bits, kWidth<T>>::type;
 template <class T>
 using Signed = typename VectorOf<typename Lanes<T>::Signed, kWidth<T>>::type;
+
 template <class T>
 LSK_INLINE Vec<T> splat(Acc<T> x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of a zero and every NaN
@@ -78,18 +74,7 @@ LSK_INLINE Vec<T> total(const Group<T>& x) {
 
 #define LSK_EACH(i) _Pragma("GCC unroll 4") for (int i = 0; i < kVectors; ++i)
 
-// ---- Formats: element l of vector i in memory order, load, store (past the caches where kStream), all branch-free
-
-template <bool kStream, class V>
-LSK_INLINE void store_bytes(void* p, V v) {
-#if defined(__x86_64__)
-  if constexpr (kStream && sizeof v == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
-  if constexpr (kStream && sizeof v == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
-  if constexpr (kStream && sizeof v == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
-#endif
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
+// Formats: which element is lane l of vector i, load, and store rounding once to nearest even; all branch-free.
 template <class T>  // float and double
 struct Format {
   LSK_INLINE int element(int i, int l) { return i * kWidth<T> + l; }
@@ -98,9 +83,8 @@ struct Format {
     LSK_EACH(i) __builtin_memcpy(&x.v[i], p + i * kWidth<T>, sizeof x.v[i]);
     return x;
   }
-  template <bool kStream>
   LSK_INLINE void store(T* p, const Group<T>& x) {
-    LSK_EACH(i) store_bytes<kStream>(p + i * kWidth<T>, x.v[i]);
+    LSK_EACH(i) __builtin_memcpy(p + i * kWidth<T>, &x.v[i], sizeof x.v[i]);
   }
 };
 
@@ -121,10 +105,11 @@ struct Format<BFloat16> {
   }
   // The high half of the result holds x to nearest even. A NaN stays one: its low half is 0, see operand().
   LSK_INLINE U rounded(Vec<float> x) { return (U)x + 0x7fff + (((U)x >> 16) & 1); }
-  template <bool kStream>
   LSK_INLINE void store(BFloat16* p, const Group<BFloat16>& x) {
-    LSK_EACH(i) if (i % 2 == 0)
-      store_bytes<kStream>(p + i * kWidth<float>, (rounded(x.v[i]) >> 16) | (rounded(x.v[i + 1]) & 0xffff0000));
+    LSK_EACH(i) if (i % 2 == 0) {
+      const U u = (rounded(x.v[i]) >> 16) | (rounded(x.v[i + 1]) & 0xffff0000);
+      __builtin_memcpy(p + i * kWidth<float>, &u, sizeof u);
+    }
   }
 };
 
@@ -139,11 +124,9 @@ struct Format<Half> {
 #elif LSK_SIMD_BYTES == 32
     return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
 #else
-    // Shifted into place, a half is a float with an exponent 112 too small: a product mends normals and subnormals.
-    const U u = __builtin_convertvector(h, U);
-    const U magnitude = (u & 0x7fff) << 13;
-    const U finite = (U)((Vec<float>)magnitude * 0x1p112f);
-    return (Vec<float>)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : finite) | ((u & 0x8000) << 16));
+    Vec<float> x;
+    for (int l = 0; l < kWidth<float>; ++l) x[l] = c10::Half(h[l], c10::Half::from_bits());
+    return x;
 #endif
   }
   LSK_INLINE Packed narrow(Vec<float> x) {
@@ -152,16 +135,9 @@ struct Format<Half> {
 #elif LSK_SIMD_BYTES == 32
     return (Packed)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-    // Adding a power of two 2^13 above x (and above half's subnormals) makes the adder round to half's 10 bits.
-    const U u = (U)x;
-    const U magnitude = u & 0x7fffffff;
-    U exponent = magnitude & 0x7f800000;
-    exponent = exponent < 0x38800000 ? exponent * 0 + 0x38800000 : exponent;
-    const Vec<float> scaled = ((Vec<float>)magnitude * 0x1p112f) * 0x1p-110f;  // 4|x|; inf from 2^16 on
-    const U sum = (U)(scaled + (Vec<float>)(exponent + 0x07800000));
-    const U number = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
-    const U half = magnitude > 0x7f800000 ? number * 0 + 0x7e00 : number;
-    return __builtin_convertvector(half | ((u >> 16) & 0x8000), Packed);
+    Packed h;
+    for (int l = 0; l < kWidth<float>; ++l) h[l] = c10::Half(x[l]).x;
+    return h;
 #endif
   }
   LSK_INLINE Group<Half> load(const Half* p) {
@@ -173,9 +149,11 @@ struct Format<Half> {
     }
     return x;
   }
-  template <bool kStream>
   LSK_INLINE void store(Half* p, const Group<Half>& x) {
-    LSK_EACH(i) store_bytes<kStream>(p + i * kWidth<float>, narrow(x.v[i]));
+    LSK_EACH(i) {
+      const Packed h = narrow(x.v[i]);
+      __builtin_memcpy(p + i * kWidth<float>, &h, sizeof h);
+    }
   }
 };
 
@@ -190,7 +168,7 @@ LSK_INLINE Group<T> load_part(const T* p, int64_t n) {
 template <class T>
 LSK_INLINE void store_part(T* p, int64_t n, const Group<T>& x) {
   T lanes[kGroup<T>];
-  Format<T>::template store<false>(lanes, x);
+  Format<T>::store(lanes, x);
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
@@ -233,9 +211,8 @@ LSK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   const Vec<double> shifted = x * 0x1.71547652b82fep+0 + magic;
   const Vec<double> n = shifted - magic;
   const Vec<double> r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-  const double taylor[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
-                           1. / 720,       1. / 120,      1. / 24,      1. / 6,      0.5,        1.,
-                           1.};
+  const double taylor[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
+                           1. / 120,       1. / 24,       1. / 6,       0.5,         1.,         1.};
   Vec<double> p = splat<double>(1. / 6227020800);
   for (double c : taylor) p = p * r + c;
   const Vec<double> e = p * (Vec<double>)((Bits<double>)shifted << 52);

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "ops.h"
+#include "cpu_kernels.h"
 
 namespace {
 

@@ -28,16 +28,10 @@ LSK_INLINE Weights<V> weights(V e, V K) {
 }
 
 // A piece of a row: max z, Σ exp(z - shift), Σ (z - shift) and the number of classes, where shift = origin(max).
-// The sums are shifted so that no two large numbers are ever subtracted.
 template <class V>
 struct Stats {
   V max, sum, dev, n;
 };
-
-template <class V>
-LSK_INLINE Stats<V> no_stats() {
-  return {-V(INFINITY), 0, 0, 0};
-}
 
 // A piece whose logits are all -inf is summed about 0: (-inf) - (-inf) would make a NaN of weights that are simply 0.
 template <class V>
@@ -45,7 +39,7 @@ LSK_INLINE V origin(V max) {
   return max == -V(INFINITY) ? V(0) : max;
 }
 
-// The sum of an all -inf piece is 0 (or the NaN that hides there), at any scale; so it is taken over as it is.
+// The sum of an all -inf piece is 0, or a NaN that hides there: the same at any scale.
 template <class V>
 LSK_INLINE V rescale(V sum, V max, V new_max) {
   return max == new_max || max == -V(INFINITY) ? sum : sum * exp(max - new_max);
@@ -71,6 +65,7 @@ LSK_INLINE V row_loss(V logsum, Weights<V> w, V zy, V dev) {
   return logsum - (weighted(w.a, zy) + weighted(w.b, dev));
 }
 
+// zmax and logsum stay two numbers: their sum would lose the digits of logsum where the logits are large.
 template <class V>
 LSK_INLINE V log_p(V z, V zmax, V logsum) {
   return (z - zmax) - logsum;

@@ -6,10 +6,13 @@ Without a CUDA device the Triton kernels run under Triton's interpreter, which m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -17,6 +20,12 @@ if not torch.cuda.is_available():
 from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Expected here: NaN arithmetic in the interpreter, and calls that fall to the reference."""
+    for warning in ("ignore::RuntimeWarning:triton", "ignore:labelsmooth_kernels. served by the plain:UserWarning"):
+        config.addinivalue_line("filterwarnings", warning)
 
 
 def places() -> list[tuple[str, str]]:
@@ -53,9 +62,9 @@ def fast_place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty, from Python and from C++ alike, comes filled with NaN (integers: with their largest value).
+    """torch.empty, from Python and from C++ alike, comes filled with NaN (integers: their maximum).
 
-    That is what deterministic mode does to uninitialised memory; ``warn_only`` because nothing else of that mode is wanted.
+    That is what deterministic mode does to uninitialised memory; ``warn_only``: nothing else of that mode is wanted.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

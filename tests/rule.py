@@ -4,8 +4,8 @@
 its definition, log_softmax, autograd. *Rule*: |ours - oracle| <= max(2·|F.cross_entropy in float32 - oracle|, few ulp),
 for every row's loss and every entry of the gradient on its own, and with half the ulps for the sum over a row, so that
 an error common to all classes shows although each entry would pass. The ulps are of the numbers that the arithmetic
-adds, because p - q may cancel: FEW·2^-23·(p·(1 + |z - zmax| + |logsum|) + q), exp and log turning an absolute error into
-a relative one and back. FEW = 4: an exp and a log good to 1 ulp each, the division, the difference and the row factor,
+adds, because p - q may cancel: FEW·2^-23·(p·(1 + |z - zmax| + |logsum|) + q), exp and log turning absolute errors into
+relative ones and back. FEW = 4: an exp and a log good to 1 ulp each, the division, the difference and the row factor,
 each half an ulp, and a spare one; what went through a sum of K terms may have lost half an ulp for each doubling, as a
 pairwise sum does. In float64 the oracle errs as much as we do: twice that. A gradient in half precision adds half an
 ulp: it is rounded once.
@@ -168,22 +168,17 @@ def assert_close(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
 def judge_loss(want: Expected, loss: Tensor, factors: Tensor | None = None, denominator: float = 1.0) -> None:
     """Judge the losses of the rows, or, with factors, their weighted sum."""
     allowed = torch.maximum(2 * (want.torch_loss - want.loss).abs().nan_to_num(0), want.loss_ulps)
-    if factors is None:
-        return assert_close("loss", loss, want.loss, allowed)
-    terms = want.loss * factors
-    few = few_ulps(loss.dtype)
-    assert_close(
-        "loss",
-        loss,
-        terms.sum() / denominator,
-        ((allowed + few * want.loss.abs()) * factors.abs()).sum() / abs(denominator),
-    )
+    oracle = want.loss
+    if factors is not None:
+        oracle = (oracle * factors).sum() / denominator
+        allowed = ((allowed + few_ulps(loss.dtype) * want.loss.abs()) * factors.abs()).sum() / abs(denominator)
+    assert_close("loss", loss, oracle, allowed)
 
 
 def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 1, truncated: bool = False) -> None:
-    """Judge the gradient: the target's entry, the floor of the other classes, whole rows. A second rounding (an upstream
-    other than 1 multiplies a finished half-precision gradient) costs at most one more ulp. ``truncated``: Triton's interpreter
-    converts to bfloat16 by cutting the low bits off, a whole ulp where hardware rounds to half of one."""
+    """Judge the gradient: the target's entry, the floor of the other classes, whole rows. A second rounding (an
+    upstream other than 1 multiplies a finished half-precision gradient) costs at most one more ulp. ``truncated``:
+    Triton's interpreter converts to bfloat16 by cutting bits off, a whole ulp where hardware rounds to half of one."""
     dtype = problem.logits.dtype
     assert grad.dtype == dtype, grad.dtype
     half_ulps = (2 * roundings - 1) * (2 if truncated else 1)

@@ -226,8 +226,8 @@ def grad_kernel(
     n_units, n_chunks, K, x_lead, x_stride, g_lead, g_stride, eps_stride, scale_stride, ignore_index,
     BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, G_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from the saved (zmax, logsum), one read and one write; grad may be x. No reduction, so a unit of work
-    is a chunk of a row and the grid is full at every N; chunk 0 takes the edges."""
+    """The gradient from the saved (zmax, logsum), one read and one write; grad may be x. No reduction, so a unit of
+    work is a chunk of a row and the grid is full at every N; chunk 0 takes the edges."""
     for i_unit in range(tl.program_id(0), n_units, tl.num_programs(0)):
         i_row = i_unit // n_chunks
         i_chunk = i_unit % n_chunks

@@ -42,7 +42,7 @@ _ANY = 2**31 - 1
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch; ``form`` is "block" (read once), "sweep" (twice where a gradient is made), "split", "merge", "chunk"."""
+    """One launch; ``form`` is "block" (read once), "sweep" (twice if a gradient is made), "split", "merge", "chunk"."""
 
     form: str
     block: int
@@ -56,8 +56,8 @@ class Plan:
 _BLOCK = (
     (1024, 4, 8),  # two 128-bit loads per thread in float32, one in half precision
     (4096, 8, 4),
-    (8192, 16, 2),
-    (16384, 32, 1),  # 16 values per thread of 64 registers; twice as many spill with Triton 3.6, and on sm_100
+    (8192, 8, 2),
+    (16384, 16, 1),  # 32 values per thread, as before; twice the block spills with Triton 3.6, and on sm_100
 )
 # Longer rows, read once by a cluster of 2 to 16 thread blocks, by compute capability: elements and warps of each block
 _CLUSTER = {9: (16384, 16), 10: (16384, 32)}  # each spills a word or two with the warps of the other

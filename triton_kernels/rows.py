@@ -53,7 +53,7 @@ def aligned_alike(x: Rows, grad: Rows) -> bool:
 
 @triton.jit
 def cut(start, K, VEC: tl.constexpr):
-    """(head, first, n_main) of the row at ``start``: its whole groups are classes [head, head + n_main), at ``first``."""
+    """(head, first, n_main) of the row at ``start``: its groups hold classes [head, head + n_main), at ``first``."""
     first = (start + (VEC - 1)) // VEC * VEC
     head = tl.minimum(first - start, K).to(tl.int32)
     return head, first, (K - head) // VEC * VEC

@@ -1,0 +1,244 @@
+"""What autograd may ask of the loss: any derivative, any order of calls, and an error rather than a wrong gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import loss_and_grad, upstream_for
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import backends, ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Place = tuple[str, str]
+N, K = 4, 5
+
+
+def draw(place: Place, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(n + k)
+    y = torch.randint(k, (n,), generator=rng)
+    y[1] = -100
+    return (torch.randn(n, k, generator=rng, dtype=torch.float64) * 2).to(place[1], dtype), y.to(place[1])
+
+
+def positive(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "uniform": {"label_smoothing": 0.1},
+    "others": {"label_smoothing": 0.1, "smoothing": "others"},
+    "prior": {"label_smoothing": 0.1, "smoothing": positive(K) / positive(K).sum()},
+    "finite": {"label_smoothing": 0.1, "smooth_over": "finite"},
+    "weight": {"label_smoothing": 0.1, "weight": positive(K)},
+    "z-loss": {"label_smoothing": 0.1, "z_loss": 0.1},
+    "scale and softcap": {"label_smoothing": 0.1, "logit_scale": 0.7, "softcap": 3.0},
+    "row weight": {"label_smoothing": 0.1, "row_weight": positive(N)},
+    "normalizer": {"label_smoothing": 0.1, "normalizer": torch.tensor(3.0, dtype=torch.float64)},
+    "epsilon per row": {"label_smoothing": positive(N) / 2},
+    "row weight, sum": {"row_weight": positive(N), "reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("reduction", ["default", "none"])
+@pytest.mark.parametrize("backend", [name for name, b in backends.BACKENDS.items() if torch.float64 in b.dtypes])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_first_and_second_derivatives(name: str, backend: str, reduction: str) -> None:
+    """gradcheck and gradgradcheck, the tensor options among the inputs wherever autograd reaches the reference."""
+    options = dict(OPTIONS[name])
+    if reduction == "none":
+        if options.pop("normalizer", None) is not None:
+            pytest.skip("a normalizer belongs to a mean")
+        options["reduction"] = "none"
+    x, y = draw(("", "cpu"), dtype=torch.float64)
+    asked = lsk.LossSpec(**options).features(index_target=True)
+    serves = backends.BACKENDS[backend]
+    if reason := serves.why_not("cpu", torch.float64, asked):
+        pytest.skip(f"backend {backend}: {'; '.join(reason)}")
+    tensors = {n: v for n, v in options.items() if isinstance(v, Tensor) and backend == "reference"}
+
+    def loss(x: Tensor, *values: Tensor) -> Tensor:
+        return lsk.cross_entropy(x, y, backend=backend, **options | dict(zip(tensors, values, strict=True)))
+
+    inputs = [x.requires_grad_(), *(v.clone().requires_grad_() for v in tensors.values())]
+    assert gradcheck(loss, inputs)
+    assert gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_derivatives_in_probabilities(weighted: bool) -> None:
+    x, _ = draw(("", "cpu"), dtype=torch.float64)
+    t, weight = positive(N, K), positive(K) if weighted else None
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return lsk.cross_entropy(x, t, weight, label_smoothing=0.1, z_loss=0.1)
+
+    assert gradcheck(loss, [x.requires_grad_(), t.requires_grad_()])
+    assert gradgradcheck(loss, [x, t])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_create_graph_of_kernels(fast_place: Place, reduction: str) -> None:
+    """A gradient penalty through the kernels equals the one through PyTorch in float64."""
+    x, y = draw(fast_place)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        call: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1}
+        ours = dtype == torch.float32
+        loss = lsk.cross_entropy(leaf, y, backend=fast_place[0], **call) if ours else F.cross_entropy(leaf, y, **call)
+        upstream = torch.full_like(loss, 0.37, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss, leaf, upstream, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [leaf, upstream]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward_needs_retain_graph(place: Place, reduction: str) -> None:
+    x, y = draw(place)
+    loss = lsk.cross_entropy(x.requires_grad_(), y, reduction=reduction, label_smoothing=0.1, backend=place[0]).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_r09_softmax_before_an_inplace_loss_raises(fast_place: Place, reduction: str, dtype: torch.dtype) -> None:
+    """softmax keeps its result for its backward; the loss wrote over it, and autograd must notice."""
+    x, y = draw(fast_place, dtype=dtype)
+    p = torch.softmax(x.requires_grad_(), 1)
+    loss = lsk.cross_entropy(p, y, reduction=reduction, inplace=True, label_smoothing=0.1, backend=fast_place[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_r09_two_losses_on_one_tensor(place: Place, dtype: torch.dtype) -> None:
+    """Together they give the sum of their gradients; the logits and the first loss's gradient stay as they are."""
+    x, y = draw(place, dtype=dtype)
+    grads = [loss_and_grad(place, x, y, reduction="sum", label_smoothing=eps)[1] for eps in (0.1, 0.4)]
+    leaf = x.clone().requires_grad_()
+    h = leaf * 1
+    first, second = (lsk.cross_entropy(h, y, reduction="sum", label_smoothing=e, backend=place[0]) for e in (0.1, 0.4))
+    (first + second).backward()
+    assert torch.equal(leaf.grad, grads[0] + grads[1])
+    assert torch.equal(h, x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_r09_checkpointing(place: Place, inplace: bool, use_reentrant: bool) -> None:
+    x, y = draw(place)
+    plain, checked = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    def loss(x: Tensor) -> Any:
+        return lsk.cross_entropy(x * 1.5, y, label_smoothing=0.1, inplace=inplace, backend=place[0])
+
+    loss(plain).backward()
+    checkpoint(loss, checked, use_reentrant=use_reentrant).backward()
+    assert torch.equal(plain.grad, checked.grad)
+
+
+def test_inplace_overwrites_only_where_it_may(fast_place: Place) -> None:
+    """The gradient lies in the logits' memory; a kept graph and create_graph are served right or refused."""
+    x, y = draw(fast_place)
+    want = loss_and_grad(fast_place, x, y, label_smoothing=0.1)[1]
+    for reduction in ("mean", "none"):
+        call: dict[str, Any] = {
+            "label_smoothing": 0.1,
+            "inplace": True,
+            "reduction": reduction,
+            "backend": fast_place[0],
+        }
+        h = x.clone().requires_grad_() * 1
+        loss = lsk.cross_entropy(h, y, **call)
+        up = torch.full_like(loss, 1.0 if reduction == "mean" else 1 / 3)
+        kept = [torch.autograd.grad(loss, h, up, retain_graph=True)[0].clone() for _ in range(2)]
+        (last,) = torch.autograd.grad(loss, h, up)
+        assert last.data_ptr() == h.data_ptr()
+        for grad in (*kept, last):
+            torch.testing.assert_close(grad, want, rtol=2**-22, atol=0)
+        h = x.clone().requires_grad_() * 1
+        loss = lsk.cross_entropy(h, y, **call)
+        with pytest.raises(RuntimeError, match="create_graph=True needs the logits, which inplace=True overwrites"):
+            torch.autograd.grad(loss, h, up, create_graph=True)
+
+
+def test_statistics_are_detached(place: Place) -> None:
+    x, y = draw(place)
+    for reduction in ("mean", "none"):
+        loss, stats = lsk.cross_entropy(
+            x.clone().requires_grad_(), y, reduction=reduction, return_stats=True, backend=place[0]
+        )
+        assert loss.requires_grad
+        assert [value.requires_grad for value in stats] == [False] * 4
+        assert [value.shape for value in stats] == [y.shape] * 4
+
+
+def calls(name: str, logits: Tensor, target: Tensor, rows: bool) -> list[tuple[Any, ...]]:
+    """Arguments of an operator, with and without its optional tensors and outputs."""
+    eps, scale = (positive(N).float().to(logits.device), upstream_for(N, logits.device)) if rows else (None, None)
+    row = (target, 0.1, eps, scale, -100)
+    saved = (logits.amax(1), torch.logsumexp(logits - logits.amax(1, keepdim=True), 1))
+    return {
+        "forward": [(logits, *row, grad, stats) for grad in (False, True) for stats in (False, True)],
+        "forward_": [(logits.clone(), *row, stats) for stats in (False, True)],
+        "backward": [(logits, *row, *saved)],
+        "backward_": [(logits.clone(), *row, *saved)],
+        "scale_": [(logits.clone(), torch.full((1,), 0.5 if rows else 1.0, device=logits.device))],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_opcheck(fast_place: Place, name: str) -> None:
+    """Schema, fake implementation and tracing of every operator."""
+    op = getattr(backends.BACKENDS[fast_place[0]].kernels, name)
+    for rows in (False, True):
+        for arguments in calls(name, *draw(fast_place), rows):
+            torch.library.opcheck(op, arguments)
+
+
+def allocated(run: Callable[[], object], device: str) -> int:
+    """Bytes asked of torch's allocator while ``run`` runs: all of them on the CPU, the peak on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("direction", "gradients"), [("no_grad", 0), ("mean", 1), ("none", 1), ("inplace", 0)])
+def test_memory_beyond_logits_and_gradient_is_per_row(
+    fast_place: Place, direction: str, gradients: int, dtype: torch.dtype
+) -> None:
+    n, k = 32, 2048
+    x, y = draw(fast_place, n, k, dtype)
+    leaf = (x.requires_grad_() * 1) if direction == "inplace" else x.requires_grad_(direction != "no_grad")
+    reduction = "none" if direction == "none" else "mean"
+
+    def run() -> None:
+        call: dict[str, Any] = {"label_smoothing": 0.1, "reduction": reduction, "inplace": direction == "inplace"}
+        loss = lsk.cross_entropy(leaf, y, backend=fast_place[0], **call)
+        if loss.requires_grad:
+            torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.37))
+
+    used = allocated(run, fast_place[1])
+    assert used >= gradients * x.nbytes, "the measurement sees the gradient"
+    assert used - gradients * x.nbytes <= 256 * n + 8192, "a few numbers per row, a few scalars"

@@ -1,0 +1,194 @@
+"""In the place of F.cross_entropy and nn.CrossEntropyLoss: values, gradients, shapes, errors; the known differences."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import loss_and_grad
+from conftest import places, skip_unless_available
+from torch import Tensor, nn
+
+import labelsmooth_kernels as lsk
+
+K = 7
+SHAPES = [(K,), (5, K), (1, K), (0, K), (3, K, 4), (2, K, 3, 2), (2, K, 0), (0, K, 3)]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def arguments(shape: tuple[int, ...], kind: str, device: str) -> tuple[Tensor, Tensor]:
+    """Logits of a shape whose class dimension holds K, and targets: indices with some ignored, or probabilities."""
+    rng = torch.Generator().manual_seed(len(shape))
+    x = torch.randn(shape, generator=rng) * 3
+    if kind == "probabilities":
+        target = torch.softmax(torch.randn(shape, generator=rng), 0 if len(shape) == 1 else 1)
+    else:
+        target = torch.randint(K, [s for i, s in enumerate(shape) if i != min(1, len(shape) - 1)], generator=rng)
+        if kind == "some ignored" and target.dim():
+            target.flatten()[::3] = -100
+        if kind == "all ignored":
+            target.fill_(-100)
+    return x.to(device), target.to(device)
+
+
+def compare(place: tuple[str, str], x: Tensor, target: Tensor, class_dim: int = 1, **options: Any) -> None:
+    """The same value, shape and gradient as PyTorch's in float64, within a few ulp of the largest term."""
+    x64, w = x.double().requires_grad_(), options.get("weight")
+    y64 = target.double() if target.is_floating_point() else target
+    own = options | {"weight": None if w is None else w.double()}
+    want = F.cross_entropy(x64 if class_dim == 1 else x64.movedim(class_dim, 1), y64, **own)
+    (want_grad,) = torch.autograd.grad(want, x64, torch.ones_like(want))
+    loss, grad = loss_and_grad(place, x, target, class_dim=class_dim, **options)
+    for got, oracle in ((loss, want.detach()), (grad, want_grad)):
+        assert got.shape == oracle.shape
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), oracle, rtol=2**-20, atol=2**-21, equal_nan=True)
+
+
+def everything() -> list[Any]:
+    """(backend, device, shape, kind, weighted): what is not in a backend's features goes through its default choice."""
+    kinds = ["all valid", "some ignored", "all ignored", "probabilities"]
+    grid = itertools.product(places(), SHAPES, kinds, [False, True])
+    return [g for g in grid if g[0][0] == "reference" or not (g[3] or g[2] == "probabilities")]
+
+
+@pytest.mark.parametrize(("place", "shape", "kind", "weighted"), everything())
+def test_same_as_f_cross_entropy(place: tuple[str, str], shape: tuple[int, ...], kind: str, weighted: bool) -> None:
+    skip_unless_available(place[0])
+    x, target = arguments(shape, kind, place[1])
+    before = x.clone(), target.clone()
+    weight = torch.linspace(0.2, 2, K, device=place[1]) if weighted else None
+    for reduction, eps in itertools.product(REDUCTIONS, (0.0, 0.3, 1.0)):
+        compare(place, x, target, weight=weight, reduction=reduction, label_smoothing=eps)
+    assert torch.equal(before[0], x)
+    assert torch.equal(before[1], target)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
+@pytest.mark.parametrize("ignore_index", [0, 3, 255])
+def test_index_dtypes_and_ignore_index(place: tuple[str, str], dtype: torch.dtype, ignore_index: int) -> None:
+    x, target = arguments((9, K), "all valid", place[1])
+    target[::4] = ignore_index
+    if dtype == torch.int32:  # a documented difference
+        with pytest.raises(RuntimeError, match="Int"):
+            F.cross_entropy(x, target.to(dtype), ignore_index=ignore_index)
+    want = F.cross_entropy(x.double(), target, ignore_index=ignore_index, label_smoothing=0.1)
+    got, _ = loss_and_grad(place, x, target.to(dtype), ignore_index=ignore_index, label_smoothing=0.1)
+    torch.testing.assert_close(got.double(), want, rtol=2**-20, atol=0)
+
+
+def test_classes_last_is_a_view_of_the_same(place: tuple[str, str]) -> None:
+    """class_dim=-1 takes (B, T, K); the values are those of the transposed call of PyTorch."""
+    x, target = arguments((3, K, 4), "some ignored", place[1])
+    last = x.movedim(1, -1).contiguous()
+    for class_dim, reduction in itertools.product((-1, 2), REDUCTIONS):
+        compare(place, last, target, class_dim, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "reduction": "sum"}, {"ignore_index": 2}])
+def test_same_as_the_module(options: dict[str, Any]) -> None:
+    x, target = arguments((5, K), "some ignored", "cpu")
+    target = torch.where(target < 0, 2, target)
+    weight = torch.linspace(0.2, 2, K)
+    for w in (None, weight):
+        own, torchs = lsk.CrossEntropyLoss(w, **options), nn.CrossEntropyLoss(w, **options)
+        assert own.state_dict().keys() == torchs.state_dict().keys()
+        torch.testing.assert_close(own(x, target), torchs(x, target))
+    own = lsk.LabelSmoothingCrossEntropy(0.2, "sum")
+    torch.testing.assert_close(own(x, target), nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum")(x, target))
+    with pytest.raises(TypeError, match="smooting"):
+        lsk.CrossEntropyLoss(smooting=0.1)
+
+
+X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {  # what the message of ours must say
+    "rows": ((X, Y[:3]), {}, r"target must have shape \(4,\) .*got \(3,\)"),
+    "spatial rows": (
+        (torch.zeros(4, 5, 3), torch.zeros(4, 2).long()),
+        {},
+        r"target must have shape \(4, 3\).*\(4, 2\)",
+    ),
+    "0-dim input": ((torch.tensor(1.0), torch.tensor(0)), {}, r"input must have shape .*0-dimensional"),
+    "weight shape": ((X, Y), {"weight": torch.ones(4)}, r"weight must have shape \(5,\).*\(4,\)"),
+    "reduction": ((X, Y), {"reduction": "avg"}, r"reduction must be one of .*'avg'"),
+    "smoothing above 1": ((X, Y), {"label_smoothing": 1.5}, r"label_smoothing must be .*at most 1.*1.5"),
+    "outside": ((X, Y + 9), {}, "9"),
+    "no classes": ((torch.zeros(4, 0), Y), {}, "0"),
+    "index target of input's shape": ((X, X.long()), {}, "target .*floating point.*int64"),
+    "float index target": ((X, Y.float()), {}, "target of class indices must have .*float32"),
+    "bool target": ((X, Y.bool()), {}, "target of class indices must have .*bool"),
+    "int16 target": ((X, Y.short()), {}, "target of class indices must have .*int16"),
+    "integer input": ((X.long(), Y), {}, "input must have one of .*int64"),
+    "ignore_index with probabilities": ((X, X), {"ignore_index": 0}, "ignore_index"),
+    "a list": (([1.0], Y), {}, "input"),
+    "unknown option": ((X, Y), {"smooting": 0.1}, "smooting"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_same_error_classes(name: str) -> None:
+    """What PyTorch raises is what ours can be caught as; the message names the argument, its value and what is allowed."""
+    args, options, message = WRONG[name]
+    with pytest.raises(Exception) as theirs:  # noqa: PT011  # whatever it is: that is the question
+        F.cross_entropy(*args, **options)
+    with pytest.raises(theirs.type, match=message) as ours:
+        lsk.cross_entropy(*args, **options)
+    if theirs.type in (ValueError, RuntimeError):
+        assert ours.type is lsk.ArgumentError, "both of them"
+
+
+OURS_ALONE = {  # options PyTorch does not have, refused by name
+    "smoothing": ("twice", r"smoothing must be 'uniform', 'others' or a prior .*'twice'"),
+    "smooth_over": ("some", "smooth_over must be 'all' or 'finite', got 'some'"),
+    "z_loss": (-1.0, "z_loss must be >= 0, got -1.0"),
+    "logit_scale": (torch.inf, "logit_scale must be a finite number, got inf"),
+    "softcap": (0.0, "softcap must be a finite number > 0 or None, got 0.0"),
+    "class_dim": (5, r"class_dim must be a dimension of input \(4, 5\), got 5"),
+    "row_weight": (torch.ones(3), r"row_weight must have one value or the shape \(4,\) of target, got \(3,\)"),
+    "normalizer": (0.0, "normalizer must be a finite number > 0 .*got 0.0"),
+    "backend": ("fpga", "backend must be one of .*got 'fpga'"),
+    "ignore_index": (1.5, "ignore_index must be an int, got 1.5"),
+}
+
+
+@pytest.mark.parametrize("name", OURS_ALONE)
+def test_refusals_name_value_and_allowed(name: str) -> None:
+    value, message = OURS_ALONE[name]
+    with pytest.raises(lsk.ArgumentError, match=message):
+        lsk.cross_entropy(X, Y, **{name: value})
+
+
+def test_a_named_backend_says_why_not(fast_place: tuple[str, str]) -> None:
+    x, y = X.to(fast_place[1]), Y.to(fast_place[1])
+    with pytest.raises(lsk.ArgumentError, match=rf"backend='{fast_place[0]}' cannot serve this call: .*weight, z_loss"):
+        lsk.cross_entropy(x, y, torch.ones(5, device=x.device), z_loss=0.1, backend=fast_place[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_difference_half_precision_gives_a_float32_loss(place: tuple[str, str], dtype: torch.dtype) -> None:
+    x, y = X.to(place[1], dtype), Y.to(place[1])
+    assert F.cross_entropy(x, y).dtype == dtype
+    for reduction in REDUCTIONS:
+        assert lsk.cross_entropy(x, y, reduction=reduction, backend=place[0]).dtype == torch.float32
+
+
+def test_difference_negative_smoothing_sharpens(place: tuple[str, str]) -> None:
+    x, y = arguments((5, K), "all valid", place[1])
+    plain, sharp = (lsk.cross_entropy(x, y, label_smoothing=eps, backend=place[0]) for eps in (0.0, -0.3))
+    assert torch.equal(F.cross_entropy(x, y, label_smoothing=-0.3), F.cross_entropy(x, y)), "PyTorch ignores it"
+    want = 1.3 * plain.double() + 0.3 * torch.log_softmax(x.double(), 1).mean()
+    torch.testing.assert_close(sharp.double(), want, rtol=2**-20, atol=0)
+
+
+def test_difference_ignored_nan_rows_have_no_gradient(place: tuple[str, str]) -> None:
+    x, y = arguments((6, K), "some ignored", place[1])
+    x[0] = torch.nan
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(leaf, y, label_smoothing=0.1).backward()
+    assert leaf.grad[0].isnan().any(), "PyTorch: 0·NaN"
+    _, grad = loss_and_grad(place, x, y, label_smoothing=0.1)
+    assert (grad[0] == 0).all()
+    assert grad.isfinite().all()

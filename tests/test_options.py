@@ -1,0 +1,117 @@
+"""What the maths promises beside the values that the table judges: optimum, merging, closed form, symmetries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import CASES, Case, loss_and_grad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rule import dense_q, expect, transformed
+from torch import Tensor
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import reference
+
+INF = math.inf
+FINITE = [
+    c for c in CASES if not c.large and expect(c.problem(), torch.ones(len(c.problem().target))).loss.isfinite().all()
+]
+
+
+@pytest.mark.parametrize("smoothing", ["uniform", "others"])
+@pytest.mark.parametrize("eps", [0.05, 0.3])
+def test_descent_ends_at_the_closed_form_optimum(smoothing: str, eps: float) -> None:
+    """Plain gradient steps from zero end at the gap, where the loss is the entropy of q."""
+    k = 10
+    x, y = torch.zeros(1, k, dtype=torch.float64, requires_grad=True), torch.tensor([3])
+    for _ in range(4000):
+        loss = lsk.cross_entropy(x, y, label_smoothing=eps, smoothing=smoothing, backend="reference")
+        (grad,) = torch.autograd.grad(loss, x)
+        x = (x - 2.0 * grad).detach().requires_grad_()
+    gap = x[0, 3] - torch.cat([x[0, :3], x[0, 4:]])
+    on, off = (1 - eps + eps / k, eps / k) if smoothing == "uniform" else (1 - eps, eps / (k - 1))
+    assert (gap - math.log(on / off)).abs().max() < 1e-9
+    assert abs(reference.optimal_gap(eps, k, smoothing) - math.log(on / off)) < 1e-12
+    assert abs(loss.item() + on * math.log(on) + (k - 1) * off * math.log(off)) < 1e-12
+    assert reference.optimal_gap(0.0, k, smoothing) == INF
+
+
+logits = st.one_of(st.just(-INF), st.floats(-300, 300), st.floats(-5, 5))
+
+
+def merged(z: Tensor, q: Tensor, cuts: list[int], order: list[int]) -> tuple[Tensor, ...]:
+    """(max, Σ exp, Σ q·(z - max), Σ q) of a row, from its pieces merged in that order."""
+    pieces = []
+    for zi, qi in zip(z.tensor_split(cuts), q.tensor_split(cuts), strict=True):
+        shifted = torch.where(zi == -INF, zi, zi - zi.max())
+        pieces.append((zi.max(), shifted.exp().sum(), torch.where(qi == 0, 0.0, qi * shifted).sum(), qi.sum()))
+    whole = pieces[order[0]]
+    for i in order[1:]:
+        whole = reference.merge(whole, pieces[i])
+    return whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(logits, min_size=1, max_size=24), st.data())
+def test_merging_any_cut_is_the_whole_row(values: list[float], data: st.DataObject) -> None:
+    """In any cut and any order; a piece that is all -inf contributes exactly nothing."""
+    z = torch.tensor(values, dtype=torch.float64)
+    q = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=len(z), max_size=len(z))), dtype=torch.float64)
+    q = torch.where(z == -INF, 0.0, q)
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(z) - 1)), max_size=6)) - {len(z)})
+    m, s, d, mass = merged(z, q, cuts, data.draw(st.permutations(range(len(cuts) + 1))))
+    assert m == z.max()
+    if m == -INF:
+        assert (s.item(), d.item()) == (0.0, 0.0)
+        return
+    want = q.sum() * torch.logsumexp(z, 0) - torch.where(q == 0, 0.0, q * z).sum()
+    torch.testing.assert_close(mass * s.log() - d, want, rtol=1e-11, atol=1e-10)
+
+
+def check_r33() -> None:
+    """K = 8 over 2 and over 4 unequal shards, each with its own maximum and its own Σ q, is the loss of the row."""
+    rng = torch.Generator().manual_seed(8)
+    z, q = torch.randn(8, generator=rng).double() * 5, torch.rand(8, generator=rng).double()
+    for cuts in ([3], [1, 3, 7], []):
+        _, s, d, mass = merged(z, q, cuts, list(range(len(cuts) + 1)))
+        assert abs(mass * s.log() - d + (q * torch.log_softmax(z, 0)).sum()) < 1e-13
+
+
+def test_r33_merging_unequal_shards() -> None:
+    check_r33()
+
+
+@pytest.mark.parametrize("case", FINITE, ids=lambda c: c.name)
+def test_dz_is_the_derivative_of_row_loss(case: Case) -> None:
+    problem = case.problem()
+    z = transformed(torch.where(problem.keep[:, None], problem.logits, 0.0), **problem.options).requires_grad_()
+    q, zeta = dense_q(problem, z), problem.options.get("z_loss", 0.0)
+    loss, zmax, logsum = reference.row_loss(z, q, zeta)
+    (want,) = torch.autograd.grad(loss.sum(), z)
+    got = reference.dz(z, q, zmax, logsum, zeta)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", FINITE, ids=lambda c: c.name)
+def test_symmetries(case: Case) -> None:
+    """Σ_k dz_k = 2ζ·lse in every valid row; other names for the classes change nothing but names."""
+    problem = case.problem()
+    x, target, options = problem
+    loss, grad = loss_and_grad(("reference", "cpu"), x, target, reduction="none", **options)
+    if not options.keys() & {"softcap", "logit_scale"}:
+        total = 2 * options.get("z_loss", 0.0) * torch.where(problem.keep, torch.logsumexp(x, 1), 0.0)
+        assert (grad.sum(1) - total).abs().max() < 1e-11
+    if options.get("ignore_index", -100) >= 0:
+        return  # the class that is ignored must keep its name
+    names = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(3))
+    if target.is_floating_point():
+        target = target[:, names]
+    else:
+        target = torch.where(problem.keep, names.argsort()[torch.where(problem.keep, target, 0)], target)
+    vectors = {o: v[names] for o, v in options.items() if o in ("weight", "smoothing") and isinstance(v, Tensor)}
+    renamed = loss_and_grad(("reference", "cpu"), x[:, names], target, reduction="none", **options | vectors)
+    torch.testing.assert_close(renamed[0], loss, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(renamed[1], grad[:, names], rtol=1e-9, atol=1e-13)

@@ -1,0 +1,127 @@
+"""The shape of the code, kept by reading it: floors, public names, names of the maths, sizes, environment."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import labelsmooth_kernels as lsk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
+FLOORS = (  # a module imports only from the lines above its own
+    {"spec"},
+    {"reference", "ops"},
+    {"backends"},
+    {"autograd"},
+    {"functional"},
+    {"linear", "parallel", "calibration", "distillation", "representation"},
+    {"modules", "doctor"},
+    {"__init__", "__main__"},
+)
+PUBLIC = (
+    "ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LossSpec RowStats cross_entropy functional reference"
+)
+PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss logit_scale
+    softcap row_weight normalizer inplace return_stats backend"""
+ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "TRITON_INTERPRET"}
+SOURCES = [
+    path
+    for folder in ("labelsmooth_kernels", "triton_kernels", "csrc", "tests", "bench", "examples")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}
+]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, first name) of every import of a file, also those inside functions; ``from . import a, b`` gives each."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.level, node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.level, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_downward(path: Path) -> None:
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert path.stem in floor, "a new module needs a floor"
+    own = {name for level, name in imports(path) if level or name in ("labelsmooth_kernels", "triton_kernels")}
+    upward = {name for name in own if floor.get(name, len(FLOORS)) >= floor[path.stem]}
+    assert not upward, f"{path.stem} imports {upward} from its own floor or above"
+
+
+@pytest.mark.parametrize("path", sorted(TRITON.glob("*.py")), ids=lambda path: path.stem)
+def test_triton_kernels_is_a_leaf(path: Path) -> None:
+    outside = {name for level, name in imports(path) if not level} - {"torch", "triton"} - sys.stdlib_module_names
+    assert not outside
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(lsk.__all__) == PUBLIC.split()
+    assert all(hasattr(lsk, name) for name in lsk.__all__)
+    assert list(inspect.signature(lsk.cross_entropy).parameters) == PARAMETERS.split()
+    assert PARAMETERS.split()[2:] == list(inspect.signature(lsk.LossSpec).parameters), (
+        "one frozen object holds every option"
+    )
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", ["weights", "merge", "row_loss", "dz"])
+def test_the_maths_has_one_set_of_names(name: str) -> None:
+    for path in (PACKAGE / "reference.py", TRITON / "row_math.py"):
+        assert name in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert re.search(rf"^LSK_INLINE .*\b{name}\(", (CSRC / "row_math.h").read_text(), re.MULTILINE)
+
+
+def python_functions(text: str) -> Iterator[tuple[str, int]]:
+    """(name, lines of its body after the docstring)."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def c_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Blocks that begin and end in the first column, as clang-format leaves every function outside a class."""
+    begin = None
+    for i, line in enumerate(text.splitlines()):
+        if re.match(r"[A-Za-z].*\{$|  +.*\) \{$", line) and not re.match(
+            r"(namespace|struct|extern|enum|class)\b", line
+        ):
+            begin = i if begin is None else begin
+        elif line.startswith("}") and begin is not None:
+            yield f"line {begin + 1}", i - begin - 1
+            begin = None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    functions = list((python_functions if path.suffix == ".py" else c_functions)(text))
+    assert not [(name, lines) for name, lines in functions if lines > 60]
+
+
+def test_at_most_three_environment_variables() -> None:
+    """Read by name or through a constant; all of them in the README."""
+    texts = [p.read_text() for p in SOURCES if p.is_relative_to(PACKAGE) or p.parent in (TRITON, CSRC)]
+    every, read = "\n".join(texts), set()
+    for found in re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\s*([\"'\w]+)", every):
+        constant = re.search(rf"^{found} = (.*)$", every, re.MULTILINE)
+        read.add((constant.group(1) if constant else found).strip("\"'"))
+    assert not re.search(r"environ\b(?!\.get\(|\[|ment)", every.replace("environment", "")), "read in another way"
+    assert read == ENVIRONMENT
+    assert len(ENVIRONMENT) <= 3
+    assert all(name in (ROOT / "README.md").read_text() for name in ENVIRONMENT)
