@@ -4,16 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
+from labelsmooth_kernels.triton_kernels import logits as triton_logits
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels.doctor import report
-from labelsmooth_kernels.triton_kernels import logits as triton_logits
 
 root = Path(sys.argv[1])
 for module in (lsk.__file__, triton_logits.__file__):
-    assert module is not None and root in Path(module).parents, f"{module} is not the wheel in {root}"
+    assert root in Path(module or "/").parents, f"{module} is not the wheel in {root}"
 package = root / "labelsmooth_kernels"
-assert (package / "py.typed").exists() and list(package.glob("_C*.so")), sorted(package.iterdir())
+for pattern in ("py.typed", "_C*.so", "_build_info.json"):
+    assert list(package.glob(pattern)), f"the wheel has no {pattern}: {sorted(package.iterdir())}"
 
 logits = torch.randn(8, 32000, requires_grad=True)
 target = torch.randint(0, 32000, (8,))

@@ -239,7 +239,7 @@ struct Forward {
     if (std::isnan(log_sum)) first_nan = find(row, 0, call.k, NAN);
     const double max = unread(row) ? 0 : first_nan < call.k ? NAN : s.max;  // the block maxima skip NaN
     const bool ignored = call.ignored(row);
-    const double zy = ignored ? 0 : call.kernels.block(call.z(row, call.target[row]), 1).max - max;
+    const double zy = ignored ? 0 : call.kernels.logit(call.z(row, call.target[row])) - max;
     zmax.set(row, max);
     logsum.set(row, log_sum);
     loss.set(row, ignored ? 0 : row_loss(log_sum, weights(call.eps[row], double(call.k)), zy, s.dev));

@@ -16,6 +16,7 @@ struct GradientRow {
 };
 
 struct RowKernels {
+  double (*logit)(const void* z);
   // Statistics of z[0, n), read from memory once where n fits the first-level cache.
   Stats<double> (*block)(const void* z, int64_t n);
   // First index with z == value (of a NaN, where value is one); n where there is none.

@@ -55,7 +55,12 @@ Stats<double> block(const void* logits, int64_t n) {
   for (int l = 0; l < kWidth<T>; ++l) max = m[0][l] > max ? m[0][l] : max;
 
   const Vec<T> shift = splat<T>(origin(max));
-  for (int64_t k = 0; k < whole; k += kGroup<T>) sums.add(Format<T>::load(z + k), shift, kGroup<T>);
+  for (int64_t k = 0; k < whole; k += kGroup<T>) {
+    // The next block, or row: memory delivers it while these exponentials are computed (a third of the time, measured).
+    for (size_t line = 0; line < kGroup<T> * sizeof(T); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(z + k + n) + line);
+    sums.add(Format<T>::load(z + k), shift, kGroup<T>);
+  }
   if (whole < n) sums.add(rest, shift, n - whole);
   Stats<double> stats = {max, 0, 0, double(n)};
   for (int l = 0; l < kWidth<T>; ++l) {
@@ -63,6 +68,11 @@ Stats<double> block(const void* logits, int64_t n) {
     stats.dev += sums.dev[l];
   }
   return stats;
+}
+
+template <class T>
+double logit(const void* z) {
+  return load_part(static_cast<const T*>(z), 1).v[0][0];
 }
 
 template <class T>
@@ -143,7 +153,7 @@ void scale(void* grad, int64_t n, double factor) {
 
 template <class T>
 constexpr RowKernels kernels_of() {
-  return {block<T>, find<T>, gradient<T>, scale<T>};
+  return {logit<T>, block<T>, find<T>, gradient<T>, scale<T>};
 }
 
 constexpr RowKernels kTable[kDtypes] = {kernels_of<Half>(), kernels_of<BFloat16>(), kernels_of<float>(),

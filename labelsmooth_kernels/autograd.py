@@ -1,26 +1,28 @@
 """The two autograd forms of the loss over a backend's row operators.
 
-*One pass* (bf16, fp32 and fp64 with a scalar loss): the forward reads the logits once and writes the gradient of Σ scale·loss
-once; the backward multiplies it by the upstream scalar on the device, in place where the graph is not kept, not at all where
-that scalar is 1. Two units of traffic (a unit: one read or write of the N×K logits).
+*One pass* (bf16, fp32 and fp64 with a scalar loss): the forward reads the logits once and writes the gradient of Σ
+scale·loss once; the backward multiplies it by the upstream scalar on the device, in place where the graph is not kept,
+not at all where that scalar is 1. Two units of traffic (a unit: one read or write of the N×K logits).
 
-*Recompute* (``reduction="none"``, whose upstream is a vector; fp16, where a loss scale must multiply before rounding; under
-torch.compile, where no in-place scaling is safe): the forward saves two numbers per row, the backward reads the logits again.
-Three units, nothing of N×K saved but the logits.
+*Recompute* (``reduction="none"``, whose upstream is a vector; fp16, where a loss scale must multiply before rounding;
+under torch.compile, where no in-place scaling is safe): the forward saves two numbers per row, the backward reads the
+logits again. Three units, nothing of N×K saved but the logits.
 
 Under ``create_graph=True`` both differentiate the reference instead, so the graph is never silently dropped.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .ops import Kernels
-from .spec import Rows
+
+if TYPE_CHECKING:
+    from .ops import Kernels
+    from .spec import Rows
 
 
 def row_arguments(rows: Rows) -> tuple[Tensor, float, Tensor | None]:

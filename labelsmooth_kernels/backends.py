@@ -7,14 +7,17 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import ops
 from .spec import FLOAT_DTYPES, ArgumentError, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CORE = frozenset({"index target"})
 
@@ -23,7 +26,8 @@ CORE = frozenset({"index target"})
 class Backend:
     """One implementation of the row operators.
 
-    ``load`` makes its ops callable and returns None, or the reason why it cannot; it runs once, when the backend is first asked for.
+    ``load`` makes its ops callable and returns None, or the reason why it cannot; it runs once, when the backend is
+    first asked for.
     """
 
     name: str
@@ -72,7 +76,7 @@ def _explain_missing_extension(error: ImportError) -> str:
         return f"the compiled extension was not built ({info.get('reason') or 'no record of a build'})"
     built_for = str(info.get("torch"))
     if built_for != torch.__version__:
-        return f"the compiled extension was built for torch {built_for} and this is torch {torch.__version__}: reinstall the package"
+        return f"the compiled extension was built for torch {built_for} and this is {torch.__version__}: reinstall it"
     return f"the compiled extension does not import: {error}"
 
 
@@ -144,7 +148,7 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
     raise ArgumentError(f"input must be on one of the devices 'cpu' and 'cuda', got {device!r}")
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, while tracing, and gets the name as a constant
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, while tracing
 def _choose_name(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> str:
     return _choose(device, dtype, features, named)
 

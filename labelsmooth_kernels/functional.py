@@ -12,6 +12,9 @@ from .autograd import OnePass, Recompute, row_arguments
 from .reference import RowStats
 from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype
 
+CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
+"""The environment variable that makes an out-of-range target raise on a GPU too; looking synchronises."""
+
 
 def cross_entropy(
     input: Tensor,
@@ -35,37 +38,45 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy with label smoothing, loss and gradient in one pass over the logits.
 
-    ``loss = M·lse - Σ q·z + z_loss·lse²`` per row, with ``z = softcap·tanh(logit_scale·x / softcap)``, ``lse = log Σ exp z`` and
-    target weights q of mass M; the gradient in z is ``(M + 2·z_loss·lse)·p - q``. See :mod:`labelsmooth_kernels.reference` for q.
+    ``loss = M·lse - Σ q·z + z_loss·lse²`` per row, with ``z = softcap·tanh(logit_scale·x / softcap)``, ``lse =
+    log Σ exp z`` and target weights q of mass M; the gradient in z is ``(M + 2·z_loss·lse)·p - q``. See
+    :mod:`labelsmooth_kernels.reference` for q.
 
     Args:
         input: logits (K,), (N, K) or (N, K, d1, ...), fp16, bf16, fp32 or fp64; with ``class_dim=-1`` (N, d1, ..., K).
-        target: class indices of the shape of input without the classes, int64, int32 or uint8; or class probabilities of the
-            shape of input, any floating dtype, not assumed to sum to 1.
+        target: class indices of the shape of input without the classes, int64, int32 or uint8; or class probabilities
+            of the shape of input, any floating dtype, not assumed to sum to 1.
         weight: (K,) factors of q, as in ``F.cross_entropy``.
         ignore_index: rows with this target have zero loss and exactly zero gradient, even where their logits are NaN.
-        reduction: ``"mean"`` (over valid rows, weighted by ``weight`` of the target and ``row_weight``), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (over valid rows, weighted by ``weight`` of the target and ``row_weight``), ``"sum"`` or
+            ``"none"``.
         label_smoothing: ε <= 1, a number, a one-element tensor (a schedule) or one value per row; ε < 0 sharpens.
-        smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,) summing to 1.
-        smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is renormalised.
+        smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,)
+            summing to 1.
+        smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is
+            renormalised.
         class_dim: where the classes are; ignored for (K,).
         z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap.
         row_weight: a factor for every row's loss, of the shape of target.
-        normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor, never synced.
+        normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
+            never synced.
         inplace: let the gradient overwrite ``input``; its version counter is bumped, so autograd notices misuse.
-        return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of target.
+        return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
+            target.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
 
     Returns:
         The loss, float32 for half-precision input (float64 for fp64); with ``return_stats`` a pair (loss, RowStats).
 
     Raises:
-        ArgumentError (a ValueError and a RuntimeError), TypeError: a bad argument, with its name, value and what is allowed.
-        IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient are NaN,
-            without a synchronisation; the environment variable LABELSMOOTH_CHECK_TARGETS=1 makes it raise there too.
+        ArgumentError (a ValueError and a RuntimeError), TypeError: a bad argument, with its name, value and what is
+            allowed.
+        IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
+            are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
 
-    Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 two numbers per row
-    and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et al. 2019.
+    Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 two
+    numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
+    al. 2019.
     """
     spec = LossSpec(
         weight=weight,
@@ -106,11 +117,8 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
 # ---- the gate
 
 
-CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
-
-
 def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
-    """Check the tensors against each other and flatten them to rows; returns the rows and the shape of one value per row."""
+    """Check the tensors against each other; returns the call as rows, and the shape of one value per row."""
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
@@ -237,10 +245,10 @@ def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | No
         loss, *stats, _ = kernels.forward(logits, *row, False, spec.return_stats)
         reduced = _reduce(loss, rows)
     elif spec.reduction == "none" or logits.dtype == torch.float16 or torch.compiler.is_compiling():
-        loss, *stats = Recompute.apply(logits, rows, kernels)
+        loss, *stats = Recompute.apply(logits, rows, kernels)  # type: ignore[no-untyped-call]
         reduced = _reduce(loss, rows)
     else:
-        reduced, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))
+        reduced, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))  # type: ignore[no-untyped-call]
     if not spec.return_stats:
         return reduced, None
     zmax, logsum, nll, prediction = stats

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .functional import apply_spec
-from .reference import RowStats
 from .spec import LossSpec
+
+if TYPE_CHECKING:
+    from .reference import RowStats
 
 _PER_CALL = ("row_weight", "normalizer")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(LossSpec) if f.name not in _PER_CALL}
@@ -17,9 +20,10 @@ _DEFAULTS = {f.name: f.default for f in dataclasses.fields(LossSpec) if f.name n
 class CrossEntropyLoss(nn.Module):
     """:func:`labelsmooth_kernels.cross_entropy` as a module, a drop-in for ``torch.nn.CrossEntropyLoss``.
 
-    ``weight`` and the options are those of the function, kept as attributes of the same names (``loss.label_smoothing = 0.05``
-    anneals); tensors among them are buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch.
-    ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see the function.
+    ``weight`` and the options are those of the function, kept as attributes of the same names, so that
+    ``loss.label_smoothing = 0.05`` anneals; tensors among them are buffers and move with the module, and ``weight`` is
+    part of the state dict as in PyTorch. ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the
+    call. Shapes, dtypes and errors: see the function.
     """
 
     def __init__(self, weight: Tensor | None = None, **options: object) -> None:
@@ -27,7 +31,7 @@ class CrossEntropyLoss(nn.Module):
         for name in _PER_CALL:
             if name in options:
                 raise TypeError(f"{name} belongs to one batch: pass it when calling the module")
-        spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # checked there; an unknown option is a TypeError
+        spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # it checks; unknown ones are a TypeError
         for name in _DEFAULTS:
             value = getattr(spec, name)
             if name == "weight" or isinstance(value, Tensor):

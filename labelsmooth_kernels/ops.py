@@ -1,33 +1,37 @@
 """The row operators that every kernel backend implements, as torch.library ops: one schema and one fake for all.
 
-An op sees logits (N, K) with unit class stride, any row stride and alignment, in fp16, bf16, fp32 or fp64; ``target`` (N,),
-contiguous int64; and a row's target weights as q = (1 - eps)·[k = y] + eps/K, eps being the float or, where given, the tensor
-``eps_rows`` of 1 or N values (conventions are resolved before). float32 is the arithmetic and the dtype of every per-row
-result, float64 for float64 logits ("acc"). Ops return rows; reductions and normalisers are Python.
+An op sees logits (N, K) with unit class stride, any row stride and alignment, in fp16, bf16, fp32 or fp64; ``target``
+(N,), contiguous int64; and a row's target weights as q = (1 - eps)·[k = y] + eps/K, eps being the float or, where
+given, the tensor ``eps_rows`` of 1 or N values (conventions are resolved before). float32 is the arithmetic and the
+dtype of every per-row result, float64 for float64 logits ("acc"). Ops return rows; reductions and normalisers are
+Python.
 
 ``forward`` returns, per row, with z = logits:
 
     loss = logsum - Σ q·(z - zmax)      zmax = max z      logsum = log Σ exp(z - zmax)      (lse = zmax + logsum)
 
 and, with ``with_grad``, grad = row_scale·(p - q) in the logits' dtype, p = exp((z - zmax) - logsum), rounded once; with
-``with_stats`` also nll = logsum - (z_y - zmax) and prediction = argmax z (the lowest index among equals). What was not asked
-for comes back with no elements. ``row_scale`` is None (= 1) or an acc tensor of 1 or N factors. ``backward`` makes the same
-gradient from the saved (zmax, logsum). The ``_`` forms write the gradient over the logits; ``scale_`` multiplies a gradient by
-a one-element acc tensor and does nothing where that is 1.
+``with_stats`` also nll = logsum - (z_y - zmax) and prediction = argmax z (the lowest index among equals). What was not
+asked for comes back with no elements. ``row_scale`` is None (= 1) or an acc tensor of 1 or N factors. ``backward``
+makes the same gradient from the saved (zmax, logsum). The ``_`` forms write the gradient over the logits; ``scale_``
+multiplies a gradient by a one-element acc tensor and does nothing where that is 1.
 
-A row with target == ignore_index has loss = nll = 0 and a gradient of exact zeros whatever its logits hold; they are read
-only for the other statistics of ``with_stats``, and zmax = logsum = 0 without it. Another target
-outside [0, K) raises IndexError on the CPU before anything is written, and makes its row NaN on a GPU; nothing is ever read or
-written outside the tensors.
+A row with target == ignore_index has loss = nll = 0 and a gradient of exact zeros whatever its logits hold; they are
+read only for the other statistics of ``with_stats``, and zmax = logsum = 0 without it. Another target
+outside [0, K) raises IndexError on the CPU before anything is written, and makes its row NaN on a GPU; nothing is ever
+read or written outside the tensors. A row with a NaN has a NaN loss and gradient; its zmax and prediction are
+unspecified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAMESPACE = "labelsmooth_kernels"
 _ROW = "Tensor target, float eps, Tensor? eps_rows, Tensor? row_scale, int ignore_index"

@@ -1,14 +1,15 @@
 """The maths of the loss, once, in plain PyTorch: any option, dtype and device, differentiable any number of times.
 
-One row: logits x (K values), transformed logits z = cap(s·x) with scale s and cap(v) = c·tanh(v/c), target weights q of mass
-M = Σ q, z-loss factor ζ, row factor g (row weight × upstream gradient / normaliser).
+One row: logits x (K values), transformed logits z = cap(s·x) with scale s and cap(v) = c·tanh(v/c), target weights q
+of mass M = Σ q, z-loss factor ζ, row factor g (row weight × upstream gradient / normaliser).
 
     lse  = log Σ exp z                                      p  = exp(z - lse)
     loss = M·lse - Σ q·z + ζ·lse²                           dz = (M + 2ζ·lse)·p - q
     dx   = g · dz · s · cap'(s·x)
 
-*Derivation.* With q fixed, ∂lse/∂z_k = exp z_k / Σ exp z = p_k, so ∂loss/∂z_k = M·p_k - q_k + 2ζ·lse·p_k. For ζ = 0 and M = 1
-this is the textbook p - q; it holds for every q, which is why each option is a choice of q, z or g and never a new formula:
+*Derivation.* With q fixed, ∂lse/∂z_k = exp z_k / Σ exp z = p_k, so ∂loss/∂z_k = M·p_k - q_k + 2ζ·lse·p_k. For ζ = 0
+and M = 1 this is the textbook p - q; it holds for every q, which is why each option is a choice of q, z or g and never
+a new formula:
 
     plain                       q_k = [k=y]
     smoothing="uniform"         q_k = (1-ε)[k=y] + ε/K                       Szegedy et al. 2016, PyTorch
@@ -18,11 +19,12 @@ this is the textbook p - q; it holds for every q, which is why each option is a 
     class probabilities t       q_k = (1-ε)·t_k + ε·r_k
     class weights w             w_k·q_k
 
-*Optimum.* dz = 0 where p = q/M. For "others" that means exp(z_y - z_other) = (1-ε)(K-1)/ε: the gap between the target's logit
-and the rest is log((K-1)(1-ε)/ε), finite for every ε > 0, and the loss there is the entropy of q. Hard targets (ε = 0) ask for
-an infinite gap. :func:`optimal_gap` is that number; the tests descend to it.
+*Optimum.* dz = 0 where p = q/M. For "others" that means exp(z_y - z_other) = (1-ε)(K-1)/ε: the gap between the
+target's logit and the rest is log((K-1)(1-ε)/ε), finite for every ε > 0, and the loss there is the entropy of q. Hard
+targets (ε = 0) ask for an infinite gap. :func:`optimal_gap` is that number; the tests descend to it.
 
-*Numerics.* Σ q·z and lse are large where the logits are, and their difference is not: everything is computed on z - max z,
+*Numerics.* Σ q·z and lse are large where the logits are, and their difference is not: everything is computed on
+z - max z,
 
     loss = M·logsum - Σ q·(z - zmax) + ζ·lse²               logsum = log Σ exp(z - zmax)      lse = zmax + logsum
 
@@ -41,10 +43,10 @@ from .spec import LossSpec, Rows, accumulate_dtype
 
 
 class RowStats(NamedTuple):
-    """By-products of the loss, one value per row, detached. Ignored rows have nll 0 and are otherwise like any other."""
+    """By-products of the loss, one value per row, detached. In an ignored row nll is 0, the rest as in any other."""
 
     nll: Tensor
-    """-log p_y without smoothing or class weights (what perplexity is computed from); for probabilities t, -Σ t·log p"""
+    """-log p_y without smoothing or class weights, what perplexity is computed from; -Σ t·log p for probabilities t"""
     lse: Tensor
     """log Σ exp z"""
     confidence: Tensor
@@ -95,7 +97,7 @@ def dz(z: Tensor, q: Tensor, zmax: Tensor, logsum: Tensor, z_loss: float = 0.0) 
 def merge(
     piece: tuple[Tensor, Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Merge two pieces of a row, each (m, s, d, mass) = (max z, Σ exp(z - m), Σ q·(z - m), Σ q): rescale, never subtract sums."""
+    """Merge two pieces (m, s, d, mass) = (max z, Σ exp(z - m), Σ q·(z - m), Σ q) of a row: rescale, never subtract."""
     (m1, s1, d1, mass1), (m2, s2, d2, mass2) = piece, other
     m = torch.maximum(m1, m2)
 
@@ -110,7 +112,7 @@ def merge(
 
 
 def transform(logits: Tensor, spec: LossSpec) -> Tensor:
-    """z = cap(s·x) in the dtype of the arithmetic; -inf stays -inf under the cap (a masked class is masked, not capped)."""
+    """z = cap(s·x) in the dtype of the arithmetic; -inf stays -inf: a masked class is not capped."""
     z = logits.to(accumulate_dtype(logits.dtype))
     if spec.logit_scale != 1.0:
         z = z * spec.logit_scale
@@ -132,7 +134,7 @@ def smoothing_distribution(z: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor | 
 
 
 def unsmoothed_targets(rows: Rows, z: Tensor) -> Tensor:
-    """(N, K): one-hot of an index target, zero for an ignored row, NaN for an index outside [0, K); or the probabilities."""
+    """(N, K): one-hot of an index target, 0 for an ignored row, NaN for an index outside [0, K); or probabilities."""
     if not rows.index_target:
         return rows.target.to(z.dtype)
     K = z.shape[-1]
@@ -159,7 +161,7 @@ def target_weights(rows: Rows, z: Tensor, unsmoothed: Tensor) -> Tensor:
 
 
 def row_losses(rows: Rows) -> Tensor:
-    """The loss of every row (N,), row weights not applied; 0 and no gradient for an ignored row, whatever its logits hold."""
+    """The loss of every row (N,), row weights not applied; an ignored row has 0 and no gradient, even from NaN."""
     z = transform(rows.logits, rows.spec)
     if rows.index_target:
         z = torch.where(rows.valid[:, None], z, 0.0)

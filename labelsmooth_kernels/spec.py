@@ -15,8 +15,8 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """A bad argument. ``torch.nn.functional.cross_entropy`` raises ValueError for some and RuntimeError for others: this is both,
-    so that code which catches either keeps working."""
+    """A bad argument. ``torch.nn.functional.cross_entropy`` raises ValueError for some and RuntimeError for others:
+    this is both, so that code which catches either keeps working."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,7 +136,8 @@ def _check_epsilon(eps: object) -> None:
             good = largest <= 1 and smallest > -math.inf
             require(good, "label_smoothing", f"values from {smallest} to {largest}", "finite and at most 1 everywhere")
     else:
-        require(_is_number(eps) and -math.inf < eps <= 1, "label_smoothing", eps, "a finite number of at most 1")  # type: ignore[operator]
+        good = isinstance(eps, int | float) and not isinstance(eps, bool) and -math.inf < eps <= 1
+        require(good, "label_smoothing", eps, "a finite number of at most 1")
 
 
 class Rows(NamedTuple):

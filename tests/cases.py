@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rule import HALF, Problem, acc_dtype, assert_close, expect, judge_grad, judge_loss, judge_stats
 from torch import Tensor
 
@@ -95,11 +96,8 @@ def soft(n: int, k: int, mass: float, **options: Any) -> Build:
 
 def only_one_finite(at: Callable[[int], int], aim: Callable[[int], int]) -> Callable[[Tensor, Tensor], None]:
     def change(x: Tensor, y: Tensor) -> None:
-        k = x.shape[1]
-        value = x[:, at(k)].clone()
-        x.fill_(-torch.inf)
-        x[:, at(k)] = value
-        y.fill_(aim(k))
+        x.masked_fill_(torch.arange(x.shape[1]) != at(x.shape[1]), -torch.inf)
+        y.fill_(aim(x.shape[1]))
 
     return change
 
@@ -125,12 +123,8 @@ def positive(k: int) -> Callable[[torch.Generator], Tensor]:
 
 
 def prior(k: int, zeros: int = 0) -> Callable[[torch.Generator], Tensor]:
-    def draw(rng: torch.Generator) -> Tensor:
-        u = torch.rand(k, generator=rng, dtype=torch.float64)
-        u[:zeros] = 0
-        return u / u.sum()
-
-    return draw
+    mask = torch.arange(k) >= zeros
+    return lambda rng: F.normalize(torch.rand(k, generator=rng).double() * mask, p=1, dim=0)
 
 
 SURE = [(p, 0.0) for p in (0.9, 0.99, 0.999)]
@@ -280,7 +274,8 @@ def run_forward(problem: Problem, backend: str) -> None:
 def run_case(problem: Problem, backend: str, direction: str) -> None:
     """Loss and gradient, judged; nothing of the caller's is written but, with ``inplace``, the logits themselves."""
     if direction == "forward":
-        return run_forward(problem, backend)
+        run_forward(problem, backend)
+        return
     inplace = direction.startswith("inplace")
     source = problem.logits.clone()
     logits, check_guard = guarded(source)

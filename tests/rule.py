@@ -140,7 +140,7 @@ def expect(problem: Problem, factors: Tensor) -> Expected:
     loss_ulps = of_sum * (mass * (1 + logsum) + (q.abs() * down).sum(-1, keepdim=True) + 2 * zeta * lse.square())[:, 0]
     slope = options.get("logit_scale", 1.0) * factors.abs()[:, None]
     grad_ulps = slope * (of_sum * (mass + 2 * zeta * lse) * p * (1 + down + logsum) + few * q.abs())
-    return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0), grad_ulps.nan_to_num(0))
+    return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0, 0), grad_ulps.nan_to_num(0, 0))
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,24 +150,27 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(value, info.eps), exponent - 1)
 
 
+def off_by(got: Tensor, want: Tensor) -> Tensor:
+    """|got - want|; what is not finite there excuses nothing."""
+    return (got - want).abs().nan_to_num(0, 0)
+
+
 def assert_close(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
     """Every value within what is allowed for it; NaN and infinities in the same places."""
     got, want = got.double(), want.double()
     special = ~want.isfinite() | ~got.isfinite()
     same = (got == want) | (got.isnan() & want.isnan())
     error = torch.where(special, torch.where(same, 0.0, torch.inf), (got - want).abs())
-    excess = (error - allowed.nan_to_num(0)).flatten()
+    excess = (error - allowed.nan_to_num(0, 0)).flatten()
     if excess.numel() and excess.max() > 0:
         i = int(excess.argmax())
         values = [t.expand(error.shape).flatten()[i].item() for t in (got, want, error, allowed)]
-        raise AssertionError(
-            "{}, entry {}: got {!r}, oracle {!r}, off by {:.3g}, allowed {:.3g}".format(what, i, *values)
-        )
+        raise AssertionError("{}, entry {}: got {}, oracle {}, off by {:.3g}, allowed {:.3g}".format(what, i, *values))
 
 
 def judge_loss(want: Expected, loss: Tensor, factors: Tensor | None = None, denominator: float = 1.0) -> None:
     """Judge the losses of the rows, or, with factors, their weighted sum."""
-    allowed = torch.maximum(2 * (want.torch_loss - want.loss).abs().nan_to_num(0), want.loss_ulps)
+    allowed = torch.maximum(2 * off_by(want.torch_loss, want.loss), want.loss_ulps)
     oracle = want.loss
     if factors is not None:
         oracle = (oracle * factors).sum() / denominator
@@ -184,15 +187,13 @@ def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 
     half_ulps = (2 * roundings - 1) * (2 if truncated else 1)
     rounding = half_ulps / 2 * ulp(want.grad, dtype) if dtype in HALF else torch.zeros_like(want.grad)
     oracle = torch.where(want.grad.to(dtype).isinf(), want.grad.to(dtype).double(), want.grad)
-    torch_error = (want.torch_grad - want.grad).abs().nan_to_num(0)
+    torch_error = off_by(want.torch_grad, want.grad)
     allowed = torch.maximum(2 * torch_error, want.grad_ulps) + rounding
     at_target = torch.zeros_like(allowed, dtype=torch.bool)
     if not problem.target.is_floating_point():
         inside = torch.where(problem.keep, problem.target.long(), 0)[:, None]
         at_target.scatter_(1, inside, True)
-        assert_close(
-            "gradient at the target", grad.gather(1, inside), oracle.gather(1, inside), allowed.gather(1, inside)
-        )
+        assert_close("gradient at the target", *(t.gather(1, inside) for t in (grad, oracle, allowed)))
     floor, oracle_floor = (torch.where(at_target, 0.0, t.double()) for t in (grad, oracle))
     assert_close("gradient off the target", floor, oracle_floor, allowed)
     whole = torch.maximum(2 * torch_error.sum(-1), want.grad_ulps.sum(-1) / 2) + rounding.sum(-1)
@@ -212,12 +213,12 @@ def judge_stats(problem: Problem, stats: RowStats) -> None:
     zmax, lse = z.amax(-1), torch.logsumexp(z, -1)
     logsum = (lse - zmax).abs()
     ulps = few_ulps(acc, z.shape[1]) * (1 + logsum + (zmax.abs() if transforms else 0))
-    error = (torch.logsumexp(z_torch, -1) - lse).abs().nan_to_num(0)
+    error = off_by(torch.logsumexp(z_torch, -1), lse)
     lse = torch.where(zmax == torch.inf, torch.nan, lse)  # zmax + logsum is inf - inf there, and the whole row NaN
     assert_close("lse", stats.lse, lse, torch.maximum(2 * error, ulps + few_ulps(acc) * zmax.abs()))
     confidence = torch.where(lse.isfinite(), stats.confidence, torch.nan)  # of a row without a finite lse there is none
     top, top_torch = torch.softmax(z, -1).amax(-1), torch.softmax(z_torch, -1).amax(-1)
-    assert_close("confidence", confidence, top, torch.maximum(2 * (top_torch - top).abs().nan_to_num(0), ulps))
+    assert_close("confidence", confidence, top, torch.maximum(2 * off_by(top_torch, top), ulps))
     assert stats.prediction.dtype == torch.int64
     for got, row in zip(stats.prediction.tolist(), z.cpu().numpy(), strict=True):
         if not np.isnan(row).any():

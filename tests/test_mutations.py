@@ -51,9 +51,7 @@ class Twin:
 
     def gradient(self, logits: Tensor, row: tuple[Any, ...], zmax: Tensor, logsum: Tensor) -> Tensor:
         target, a, b, scale, ignored = row
-        if scale is not None:
-            scale = scale[:1] if self.bug == "R3" else scale
-        scale = torch.ones(1) if scale is None else scale
+        scale = torch.ones(1) if scale is None else scale[:1] if self.bug == "R3" else scale
         p = ((logits.to(zmax.dtype) - zmax[:, None]) - logsum[:, None]).exp()
         hot = torch.nn.functional.one_hot(target, logits.shape[1]) * a
         scale = scale.to(zmax.dtype)[:, None]
@@ -63,9 +61,8 @@ class Twin:
         counted = scale * b * (logits.shape[1] * p - 1) if self.bug == "R20" else 0.0
         return torch.where(ignored, counted, grad).to(logits.dtype)
 
-    def row(
-        self, logits: Tensor, target: Tensor, eps: float, eps_rows: Tensor | None, scale: Any, ignore: int
-    ) -> tuple[Any, ...]:
+    def row(self, logits: Tensor, *call: Any) -> tuple[Any, ...]:
+        target, eps, eps_rows, scale, ignore = call
         e = (logits.new_tensor([eps], dtype=accumulate_dtype(logits.dtype)) if eps_rows is None else eps_rows)[:, None]
         ignored = target == ignore
         return torch.where(ignored, 0, target), *reference.weights(e, logits.shape[1]), scale, ignored[:, None]
