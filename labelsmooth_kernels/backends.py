@@ -93,7 +93,10 @@ def _load_triton() -> str | None:
         return (
             "there is no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels on the CPU for tests)"
         )
-    logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
+    try:
+        logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
+    except ImportError as error:
+        return f"the Triton kernels do not import: {error} (run from a source tree that is not installed?)"
     for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
         ops.implement("triton", key, logits)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +17,15 @@ CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
 """The environment variable that makes an out-of-range target raise on a GPU too; looking synchronises."""
 
 
+@overload
 def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, return_stats: Literal[True], **options: Any
+) -> tuple[Tensor, RowStats]: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, return_stats: Literal[False] = False, **options: Any
+) -> Tensor: ...
+def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's type; the options are listed once, here
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
