@@ -1,8 +1,8 @@
 """Builds the optional C++ extension ``labelsmooth_kernels._C``; all metadata stands in pyproject.toml.
 
-LABELSMOOTH_BUILD is auto (default: the extension where it can be built, else a pure-Python package that works), off, cpu or
-cuda (the last two fail loudly). No GPU is asked for while building. What came of it is recorded, for the doctor, in
-labelsmooth_kernels/_build_info.json.
+LABELSMOOTH_BUILD is auto (default: the extension where it can be built, else a pure-Python package that works), off,
+cpu or cuda (the last two fail loudly). No GPU is asked for while building. What came of it is recorded, for the doctor,
+in labelsmooth_kernels/_build_info.json.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ MODE = os.environ.get("LABELSMOOTH_BUILD", "auto")
 if MODE not in MODES:
     raise SystemExit(f"LABELSMOOTH_BUILD={MODE!r} is not one of {', '.join(MODES)}")
 
-NO_TORCH = """the C++ extension is compiled against the PyTorch that it will run with, and torch cannot be imported here ({}).
-Install torch first, then: pip install --no-build-isolation .   (or set LABELSMOOTH_BUILD=off for the pure-Python package)"""
+NO_TORCH = """the C++ extension is compiled against the PyTorch it will run with, and torch cannot be imported here ({}).
+Install torch first, then: pip install --no-build-isolation .
+(LABELSMOOTH_BUILD=off installs the pure-Python package.)"""
 NO_CUDA = "LABELSMOOTH_BUILD=cuda: CUDA kernels are not part of this version yet; use auto, cpu or off"
 
 
@@ -40,7 +41,7 @@ def extension() -> Extension:
         return Extension(f"{PACKAGE}._C", sources)
     flags = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
     if "OpenMP" in torch.__config__.parallel_info():
-        # For the compiler only: unlinked, the OpenMP symbols resolve to the runtime, and the thread pool, that torch loads.
+        # For the compiler only: unlinked, the OpenMP symbols resolve to the runtime and thread pool that torch loads.
         flags.append("-fopenmp")
     headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
     return CppExtension(f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=flags)

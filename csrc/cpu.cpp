@@ -220,10 +220,6 @@ struct Forward {
     return call.kernels.block(call.z(row, b * kBlock), block_end(call, b) - b * kBlock);
   }
 
-  int64_t find(int64_t row, int64_t begin, int64_t end, double value) const {
-    return begin + call.kernels.find(call.z(row, begin), end - begin, value);
-  }
-
   // The row's results from its block sums, taken in order.
   template <class F>
   void finish(int64_t row, const F& block) const {
@@ -234,18 +230,16 @@ struct Forward {
       if (part.max > s.max) best = b;
       s = merge(s, part);
     }
-    double log_sum = unread(row) ? 0 : std::log(s.sum);
-    int64_t first_nan = call.k;
-    if (std::isnan(log_sum)) first_nan = find(row, 0, call.k, NAN);
-    const double max = unread(row) ? 0 : first_nan < call.k ? NAN : s.max;  // the block maxima skip NaN
+    const double max = unread(row) ? 0 : s.max, log_sum = unread(row) ? 0 : std::log(s.sum);
     const bool ignored = call.ignored(row);
     const double zy = ignored ? 0 : call.kernels.logit(call.z(row, call.target[row])) - max;
     zmax.set(row, max);
     logsum.set(row, log_sum);
     loss.set(row, ignored ? 0 : row_loss(log_sum, weights(call.eps[row], double(call.k)), zy, s.dev));
     nll.set(row, ignored ? 0 : log_sum - zy);
-    if (prediction != nullptr)
-      prediction[row] = first_nan < call.k ? first_nan : find(row, best * kBlock, block_end(call, best), max);
+    if (prediction == nullptr) return;
+    const int64_t begin = best * kBlock, end = block_end(call, best);
+    prediction[row] = std::min(begin + call.kernels.find(call.z(row, begin), end - begin, max), end - 1);
   }
 
   void run() const {

@@ -19,7 +19,7 @@ struct RowKernels {
   double (*logit)(const void* z);
   // Statistics of z[0, n), read from memory once where n fits the first-level cache.
   Stats<double> (*block)(const void* z, int64_t n);
-  // First index with z == value (of a NaN, where value is one); n where there is none.
+  // First index with z == value; n where there is none.
   int64_t (*find)(const void* z, int64_t n, double value);
   // g may be z; a target outside [0, n) belongs to another part of the row.
   void (*gradient)(const void* z, void* g, int64_t n, int64_t target, const GradientRow& row);

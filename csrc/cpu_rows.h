@@ -84,7 +84,7 @@ int64_t find(const void* logits, int64_t n, double value) {
     const Group<T> x = count < kGroup<T> ? load_part(z + k, count) : Format<T>::load(z + k);
     Signed<T> any = {}, hit[kVectors];
     LSK_EACH(i) {
-      hit[i] = (Signed<T>)(wanted != wanted ? x.v[i] != x.v[i] : x.v[i] == wanted) & lanes_between<T>(i, 0, count);
+      hit[i] = (Signed<T>)(x.v[i] == wanted) & lanes_between<T>(i, 0, count);
       any |= hit[i];
     }
     int64_t first = kGroup<T>;

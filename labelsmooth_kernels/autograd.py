@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 def row_arguments(rows: Rows) -> tuple[Tensor, float, Tensor | None]:
     """(target, eps, eps_rows) as the operators take them: ε of the uniform form, a float or a tensor."""
+    if not rows.spec.smooths:
+        return rows.target, 0.0, None
     eps = reference.uniform_epsilon(rows.eps, rows.logits.shape[-1], rows.spec.smoothing)
     return (rows.target, 0.0, eps) if isinstance(eps, Tensor) else (rows.target, float(eps), None)
 

@@ -139,9 +139,13 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     if not -input.dim() <= class_dim < input.dim():
         raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
     _check_same_device("target", target, input)
+    if input.shape[class_dim] == 0 and input.shape != target.shape and target.numel():
+        raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
     class_last = input.movedim(class_dim, -1)
     shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
     row_target = _row_target(input, target, class_dim, shape)
+    if row_target.is_floating_point() and spec.ignore_index >= 0:
+        raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
     logits = class_last.reshape(shape.numel(), num_classes)
     if num_classes > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()

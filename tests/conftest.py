@@ -38,10 +38,7 @@ def places() -> list[tuple[str, str]]:
 
 def skip_unless_available(name: str) -> None:
     """Skip with the backend's own reason where it does not work on this machine."""
-    try:
-        reason = backends.BACKENDS[name].unavailable()
-    except ImportError as error:
-        reason = f"its module does not import: {error}"
+    reason = backends.BACKENDS[name].unavailable()
     if reason:
         pytest.skip(f"backend {name}: {reason}")
 

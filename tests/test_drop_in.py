@@ -49,7 +49,7 @@ def compare(place: Place, x: Tensor, target: Tensor, class_dim: int = 1, **optio
 
 
 def everything() -> list[Any]:
-    """(place, shape, kind, weighted): weights and probabilities are for the reference, the kernels do not serve them."""
+    """(place, shape, kind, weighted); weights and probabilities are served by the reference only."""
     kinds = ["all valid", "some ignored", "all ignored", "probabilities"]
     grid = itertools.product(places(), SHAPES, kinds, [False, True])
     return [g for g in grid if g[0][0] == "reference" or not (g[3] or g[2] == "probabilities")]
