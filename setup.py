@@ -29,7 +29,7 @@ MODE = os.environ.get("LABELSMOOTH_BUILD", "auto")
 if MODE not in MODES:
     raise SystemExit(f"LABELSMOOTH_BUILD={MODE!r} is not one of {', '.join(MODES)}")
 
-NO_TORCH = """the C++ extension is compiled against the PyTorch it will run with, and torch cannot be imported here ({}).
+NO_TORCH = """the C++ extension is compiled against the PyTorch it will run with; torch cannot be imported here ({}).
 Install torch first, then: pip install --no-build-isolation .
 (LABELSMOOTH_BUILD=off installs the pure-Python package.)"""
 NO_CUDA = "LABELSMOOTH_BUILD=cuda: CUDA kernels are not part of this version yet; use auto, cpu or off"
