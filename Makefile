@@ -8,6 +8,9 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(GPU),.venv/constraints.txt,constraints.txt)
 TORCH := $(if $(GPU),torch,torch triton)
 
+# The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
+export KINETO_LOG_LEVEL := 99
+
 .PHONY: demo test lint aot bench gpu doctor clean
 
 demo: .venv/built

@@ -128,6 +128,28 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
 
 def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
     """Check the tensors against each other; returns the call as rows, and the shape of one value per row."""
+    class_dim = _class_dim(input, target, spec)
+    class_last = input.movedim(class_dim, -1)
+    shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
+    row_target = _row_target(input, target, class_dim, shape)
+    if row_target.is_floating_point() and spec.ignore_index >= 0:
+        raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
+    logits = class_last.reshape(shape.numel(), num_classes)
+    overlapping = spec.inplace and logits.shape[0] > 1 and logits.stride(0) < num_classes
+    if overlapping or (num_classes > 1 and logits.stride(-1) != 1):
+        logits = logits.contiguous()
+    _check_class_vectors(spec, logits)
+    eps = spec.label_smoothing
+    if isinstance(eps, Tensor):
+        eps = _per_row("label_smoothing", eps, shape, logits)
+    row_weight = None
+    if spec.row_weight is not None:
+        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(shape.numel()).contiguous()
+    return Rows(spec, logits, row_target, eps, row_weight), shape
+
+
+def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
+    """Where the classes of input are, once it is known to hold logits beside a target."""
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
@@ -141,22 +163,7 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     _check_same_device("target", target, input)
     if input.shape[class_dim] == 0 and input.shape != target.shape and target.numel():
         raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
-    class_last = input.movedim(class_dim, -1)
-    shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
-    row_target = _row_target(input, target, class_dim, shape)
-    if row_target.is_floating_point() and spec.ignore_index >= 0:
-        raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
-    logits = class_last.reshape(shape.numel(), num_classes)
-    if num_classes > 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    _check_class_vectors(spec, logits)
-    eps = spec.label_smoothing
-    if isinstance(eps, Tensor):
-        eps = _per_row("label_smoothing", eps, shape, logits)
-    row_weight = None if spec.row_weight is None else _per_row("row_weight", spec.row_weight, shape, logits)
-    if row_weight is not None and row_weight.numel() != logits.shape[0]:
-        row_weight = row_weight.expand(logits.shape[0])
-    return Rows(spec, logits, row_target, eps, row_weight), shape
+    return class_dim
 
 
 def _check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
