@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .spec import Rows
 
 if TYPE_CHECKING:
     from .ops import Kernels
-    from .spec import Rows
+    from .spec import LossSpec
 
 
 def row_arguments(rows: Rows) -> tuple[Tensor, float, Tensor | None]:
@@ -33,16 +34,33 @@ def row_arguments(rows: Rows) -> tuple[Tensor, float, Tensor | None]:
     return (rows.target, 0.0, eps) if isinstance(eps, Tensor) else (rows.target, float(eps), None)
 
 
-def _refuse_overwritten(rows: Rows) -> None:
-    if rows.spec.inplace:
+def _refuse_overwritten(spec: LossSpec) -> None:
+    if spec.inplace:
         raise RuntimeError("create_graph=True needs the logits, which inplace=True overwrites: use inplace=False")
 
 
-def _differentiable_gradient(rows: Rows, logits: Tensor, upstream: Tensor) -> Tensor:
+def _save(ctx: Any, rows: Rows, logits: Tensor | None, *saved: Tensor) -> None:
+    """Keep a call for the backward. Tensors that the caller holds too go where autograd watches their versions, and are
+    freed with the graph."""
+    ctx.spec, ctx.eps = rows.spec, rows.eps
+    if isinstance(rows.eps, Tensor):
+        ctx.eps = None
+        saved += (rows.eps,)
+    ctx.save_for_backward(logits, rows.target, *saved)
+
+
+def _saved(ctx: Any) -> tuple[Rows, tuple[Tensor, ...]]:
+    """The rows (without row weights, which both forms apply outside) and the other tensors of :func:`_save`."""
+    logits, target, *saved = ctx.saved_tensors
+    eps = saved.pop() if ctx.eps is None else ctx.eps
+    return Rows(ctx.spec, logits, target, eps, None), tuple(saved)
+
+
+def _differentiable_gradient(rows: Rows, upstream: Tensor) -> Tensor:
     """The gradient of Σ upstream·loss with a graph of its own, through the reference."""
     with torch.enable_grad():
-        loss = reference.row_losses(rows._replace(logits=logits))
-        (grad,) = torch.autograd.grad(loss, logits, upstream.expand_as(loss), create_graph=True)
+        loss = reference.row_losses(rows)
+        (grad,) = torch.autograd.grad(loss, rows.logits, upstream.expand_as(loss), create_graph=True)
     return grad
 
 
@@ -60,11 +78,6 @@ def _scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | No
     return inverse if row_weight is None else row_weight * inverse
 
 
-def _without_logits(rows: Rows) -> Rows:
-    """What a node of the graph may keep: logits live only in ``save_for_backward``, which the backward frees."""
-    return rows._replace(logits=rows.logits.new_empty(0))
-
-
 class OnePass(torch.autograd.Function):
     """(Σ row_weight·loss / denominator, zmax, logsum, nll, prediction), the gradient made in the forward."""
 
@@ -80,8 +93,8 @@ class OnePass(torch.autograd.Function):
             ctx.grad = logits.detach()
         else:
             loss, *stats, ctx.grad = kernels.forward(logits, *row, True, spec.return_stats)
-            ctx.save_for_backward(logits)
-        ctx.rows, ctx.scale, ctx.kernels = _without_logits(rows), scale, kernels
+        _save(ctx, rows, None if spec.inplace else logits)
+        ctx.version, ctx.scale, ctx.kernels = ctx.grad._version, scale, kernels
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
         total = loss.sum() if rows.row_weight is None else (loss * rows.row_weight).sum()
@@ -92,11 +105,13 @@ class OnePass(torch.autograd.Function):
         if upstream is None:
             return None, None, None, None
         if torch.is_grad_enabled():
-            _refuse_overwritten(ctx.rows)
+            _refuse_overwritten(ctx.spec)
             scaled = upstream if ctx.scale is None else upstream * ctx.scale
-            return _differentiable_gradient(ctx.rows, ctx.saved_tensors[0], scaled), None, None, None
+            return _differentiable_gradient(_saved(ctx)[0], scaled), None, None, None
         if ctx.grad is None:
             raise RuntimeError("backward through this loss a second time: pass retain_graph=True to the first backward")
+        if ctx.grad._version != ctx.version:
+            raise RuntimeError("the logits hold the gradient (inplace=True) and were modified by an inplace operation")
         if _graph_is_kept():
             return ctx.grad * upstream, None, None, None
         grad, ctx.grad = ctx.grad, None
@@ -111,8 +126,8 @@ class Recompute(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, rows: Rows, kernels: Kernels) -> tuple[Tensor, ...]:
         row = (*row_arguments(rows), None, rows.spec.ignore_index)
         loss, zmax, logsum, *stats, _ = kernels.forward(logits, *row, False, rows.spec.return_stats)
-        ctx.save_for_backward(logits, zmax, logsum)
-        ctx.rows, ctx.kernels = _without_logits(rows), kernels
+        _save(ctx, rows, logits, zmax, logsum)
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(zmax, logsum, *stats)
         return loss, zmax, logsum, *stats
@@ -121,13 +136,13 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
         if upstream is None:
             return None, None, None
-        logits, zmax, logsum = ctx.saved_tensors
+        rows, (zmax, logsum) = _saved(ctx)
+        logits, spec = rows.logits, rows.spec
         if torch.is_grad_enabled():
-            _refuse_overwritten(ctx.rows)
-            return _differentiable_gradient(ctx.rows, logits, upstream), None, None
-        rows: Rows = ctx.rows._replace(logits=logits)
-        row = (*row_arguments(rows), upstream.contiguous(), rows.spec.ignore_index)
-        if not rows.spec.inplace or _graph_is_kept():
+            _refuse_overwritten(spec)
+            return _differentiable_gradient(rows, upstream), None, None
+        row = (*row_arguments(rows), upstream.contiguous(), spec.ignore_index)
+        if not spec.inplace or _graph_is_kept():
             return ctx.kernels.backward(logits, *row, zmax, logsum), None, None
         ctx.kernels.backward_(logits, *row, zmax, logsum)
         torch.autograd.graph.increment_version(logits)

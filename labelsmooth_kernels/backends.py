@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CORE = frozenset({"index target"})
+_LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Backend:
 
     def unavailable(self) -> str | None:
         """Why this backend does not work on this machine, or None."""
-        return _load_once(self.name)
+        with _LOADING:
+            return _load_once(self.name)
 
     def why_not(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> list[str]:
         """The reasons why this backend cannot serve a call; empty when it can."""
@@ -57,6 +60,9 @@ class Backend:
 
 
 def _load_cpu() -> str | None:
+    built_for = build_info().get("torch") if build_info().get("built") else None
+    if built_for is not None and built_for != torch.__version__:
+        return f"the compiled extension was built for torch {built_for} and this is {torch.__version__}: reinstall it"
     try:
         importlib.import_module("labelsmooth_kernels._C")
     except ImportError as error:
@@ -74,9 +80,6 @@ def _explain_missing_extension(error: ImportError) -> str:
     info = build_info()
     if not info.get("built"):
         return f"the compiled extension was not built ({info.get('reason') or 'no record of a build'})"
-    built_for = str(info.get("torch"))
-    if built_for != torch.__version__:
-        return f"the compiled extension was built for torch {built_for} and this is {torch.__version__}: reinstall it"
     return f"the compiled extension does not import: {error}"
 
 
@@ -93,6 +96,12 @@ def _load_triton() -> str | None:
         return (
             "there is no CUDA device (TRITON_INTERPRET=1, set before the start, runs the kernels on the CPU for tests)"
         )
+    if torch.cuda.is_available():
+        if torch.version.hip is not None:
+            return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if oldest < (8, 0):
+            return f"a GPU here has compute capability {oldest[0]}.{oldest[1]}: the kernels are checked from 8.0 on"
     try:
         logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
     except ImportError as error:
@@ -114,7 +123,9 @@ BACKENDS = {
         Backend(
             "triton", "Triton kernels", _triton_devices(), _HALF_AND_SINGLE, CORE, _load_triton, ops.define("triton")
         ),
-        Backend("reference", "plain PyTorch", ("cpu", "cuda"), FLOAT_DTYPES, None, lambda: None, None),
+        Backend(
+            "reference", "plain PyTorch", ("cpu", "cuda", "mps", "xpu", "meta"), FLOAT_DTYPES, None, lambda: None, None
+        ),
     )
 }
 
@@ -148,7 +159,7 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
         if backend.name == "reference" and refused:
             _warn_once(f"labelsmooth_kernels: served by the plain PyTorch reference ({' | '.join(refused)})")
         return backend.name
-    raise ArgumentError(f"input must be on one of the devices 'cpu' and 'cuda', got {device!r}")
+    raise ArgumentError(f"input must be on one of the devices {BACKENDS['reference'].devices}, got {device!r}")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, while tracing

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import os
 import platform
 import runpy
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def _version(package: str) -> str:
+def _triton_version() -> str:
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
         return "not installed"
 
 
 def _machine() -> list[str]:
     lines = [
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"package    {_version('labelsmooth_kernels')}",
+        f"package    {importlib.import_module(__package__).__version__}",
         f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not in this build'})",
-        f"triton     {_version('triton')}",
+        f"triton     {_triton_version()}",
         f"cpu        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     ]
     if torch.cuda.is_available():
@@ -41,8 +42,11 @@ def _machine() -> list[str]:
     else:
         lines.append("gpu        none that torch can use")
     info = backends.build_info()
+    built = str(info.get("built") or "not built")
+    if backends.BACKENDS["cpu"].unavailable() is None:
+        built += f", kernels for {importlib.import_module('labelsmooth_kernels._C').build_info()['cpu_capability']}"
     asked = f"LABELSMOOTH_BUILD={info.get('requested')}" if info else "no record of a build"
-    lines.append(f"extension  {info.get('built') or 'not built'} ({asked})")
+    lines.append(f"extension  {built} ({asked})")
     return lines
 
 
@@ -78,7 +82,7 @@ def report() -> bool:
         if reason := backend.unavailable():
             print(f"  missing    {reason}")
             continue
-        for device in backend.devices:
+        for device in [d for d in ("cpu", "cuda") if d in backend.devices]:
             if device == "cuda" and not torch.cuda.is_available():
                 continue
             try:
@@ -106,5 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--check-targets needs the program to run")
     os.environ[CHECK_TARGETS] = "1"
     sys.argv = options.check_targets
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as `python SCRIPT` has it
     runpy.run_path(sys.argv[0], run_name="__main__")
     return 0

@@ -69,7 +69,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         row_weight: a factor for every row's loss, of the shape of target.
         normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
             never synced.
-        inplace: let the gradient overwrite ``input``; its version counter is bumped, so autograd notices misuse.
+        inplace: let the gradient overwrite ``input`` (or the copy that its layout needs); misuse is noticed and raises.
         return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
             target.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
@@ -111,13 +111,9 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
     rows, shape = _prepare(input, target, spec)
     chosen = backends.select(rows)
-    if chosen.kernels is None:
-        check_targets(rows)
-        reduced, stats = _by_reference(rows)
-    else:
-        if os.environ.get(CHECK_TARGETS) == "1":
-            check_targets(rows)
-        reduced, stats = _by_kernels(rows, chosen.kernels)
+    if os.environ.get(CHECK_TARGETS) == "1" or (chosen.kernels is None and input.device.type == "cpu"):
+        check_targets(rows)  # the kernels look for themselves on a CPU
+    reduced, stats = _by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)
     if spec.reduction == "none":
         reduced = reduced.reshape(shape)
     return (reduced, RowStats(*(value.reshape(shape) for value in stats))) if stats is not None else reduced
@@ -145,6 +141,8 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     row_weight = None
     if spec.row_weight is not None:
         row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(shape.numel()).contiguous()
+        if not row_target.is_floating_point():  # an ignored row counts for nothing, whatever its weight is
+            row_weight = torch.where(row_target == spec.ignore_index, 0.0, row_weight)
     return Rows(spec, logits, row_target, eps, row_weight), shape
 
 
@@ -211,6 +209,8 @@ def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Te
         raise ArgumentError(
             f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}"
         )
+    if values.numel() == 1:
+        values = values.to(logits.device)
     _check_same_device(name, values, logits)
     return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
 

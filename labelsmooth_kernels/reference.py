@@ -162,9 +162,8 @@ def target_weights(rows: Rows, z: Tensor, unsmoothed: Tensor) -> Tensor:
 
 def row_losses(rows: Rows) -> Tensor:
     """The loss of every row (N,), row weights not applied; an ignored row has 0 and no gradient, even from NaN."""
-    z = transform(rows.logits, rows.spec)
-    if rows.index_target:
-        z = torch.where(rows.valid[:, None], z, 0.0)
+    logits = rows.logits  # masked before any function whose derivative at NaN or inf could get through
+    z = transform(torch.where(rows.valid[:, None], logits, 0.0) if rows.index_target else logits, rows.spec)
     loss, _, _ = row_loss(z, target_weights(rows, z, unsmoothed_targets(rows, z)), rows.spec.z_loss)
     return torch.where(rows.valid, loss, 0.0) if rows.index_target else loss
 
@@ -182,13 +181,12 @@ def row_stats(rows: Rows) -> RowStats:
 def normalizer(rows: Rows) -> Tensor:
     """The denominator of reduction="mean": Σ over the valid rows of row weight × class weight of the target; for class
     probabilities, Σ of row weights (the number of rows where there are none), as PyTorch has it."""
+    acc = accumulate_dtype(rows.logits.dtype)
     if not rows.index_target:
-        ones = rows.logits.new_ones(rows.logits.shape[0], dtype=accumulate_dtype(rows.logits.dtype))
-        return ones.sum() if rows.row_weight is None else rows.row_weight.sum()
-    counted: Tensor = rows.valid
-    if rows.spec.weight is not None:
-        inside = counted & (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
-        counted = torch.where(inside, rows.spec.weight[torch.where(inside, rows.target, 0)], 0.0)
-    if rows.row_weight is not None:
-        counted = torch.where(rows.valid, counted * rows.row_weight, 0.0)
-    return counted.sum().to(accumulate_dtype(rows.logits.dtype))
+        counted = rows.logits.new_ones(rows.logits.shape[0], dtype=acc)
+    elif rows.spec.weight is not None:
+        inside = rows.valid & (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
+        counted = torch.where(inside, rows.spec.weight.to(acc)[torch.where(inside, rows.target, 0)], 0.0)
+    else:
+        counted = rows.valid
+    return (counted if rows.row_weight is None else counted * rows.row_weight).sum().to(acc)

@@ -61,6 +61,10 @@ class LossSpec:
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        for name in ("weight", "row_weight"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, Tensor), name, value, "a tensor or None")
+        require(self.backend is None or isinstance(self.backend, str), "backend", self.backend, "a name or None")
         _check_epsilon(self.label_smoothing)
         if isinstance(self.smoothing, Tensor):
             require(self.smoothing.dim() == 1, "smoothing", _describe(self.smoothing), "a prior of shape (K,)")

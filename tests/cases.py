@@ -114,6 +114,14 @@ def spoil_rows(x: Tensor, _: Tensor) -> None:
     x[5] = -torch.inf
 
 
+def hide_nan(x: Tensor, _: Tensor) -> None:
+    x[0, 4096:8192], x[0, 5000] = -torch.inf, torch.nan
+
+
+def tie(x: Tensor, _: Tensor) -> None:
+    x[:, [5, 300, 777, 1500]] = 50.0
+
+
 def spoil_ignored(x: Tensor, _: Tensor) -> None:
     x[0], x[3, ::2], x[6] = torch.nan, torch.inf, -torch.inf
 
@@ -145,6 +153,8 @@ CASES = (
     Case("smaller than a tile", "R31", normal(4, 17, shift=-100.0, **EPS)),
     Case("one above a tile", "R31", normal(3, 1025, shift=-30.0, **EPS)),
     Case("odd width", "R31", normal(2, 2003, **EPS)),
+    Case("equal maxima far apart", "", edit(normal(2, 2003, **EPS), tie)),
+    Case("a NaN among -inf", "R17", edit(normal(2, 9001, **EPS), hide_nan), large=True),
     Case("no smoothing", "R29", normal(4, 300)),
     Case("uniform", "R29", normal(4, 300, **EPS)),
     Case("others", "", normal(4, 300, smoothing="others", **EPS)),
@@ -291,7 +301,7 @@ def run_case(problem: Problem, backend: str, direction: str) -> None:
         judge_loss(want, loss.detach())
         roundings = 1
     else:
-        row_weight, scalar = upstream.abs() + 0.5, 1.0 if inplace else 0.37
+        row_weight, scalar = upstream.abs() + 0.5, 0.37
         denominator = denominator_of(problem, row_weight)
         loss = lsk.cross_entropy(x, problem.target, row_weight=row_weight, **call)
         (grad,) = torch.autograd.grad(loss, x, torch.full_like(loss, scalar))

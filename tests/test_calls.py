@@ -2,84 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from cases import draw, loss_and_grad
 from conftest import skip_unless_available
+from test_drop_in import K, X, Y, arguments
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import backends, doctor
+from labelsmooth_kernels import backends, doctor, modules
 
-N, K = 6, 37
 Place = tuple[str, str]
 
 
-def draw(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(1)
-    y = torch.randint(1, K, (N,), generator=rng)
-    y[0] = -100
-    return torch.randn(N, K, generator=rng).to(device), y.to(device)
+def test_the_module_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {
+        "weight": torch.ones(5), "ignore_index": 3, "reduction": "sum", "label_smoothing": torch.tensor(0.2),
+        "smoothing": torch.ones(5) / 5, "smooth_over": "finite", "class_dim": -1, "z_loss": 0.1, "logit_scale": 2.0,
+        "softcap": 5.0, "inplace": True, "return_stats": True, "backend": "reference",
+    }  # fmt: skip
+    call: dict[str, Any] = {"row_weight": torch.ones(4), "normalizer": 7.0}
+    assert given.keys() | call.keys() == {f.name for f in dataclasses.fields(lsk.LossSpec)}
+    monkeypatch.setattr(modules, "apply_spec", lambda input, target, spec: spec)
+    module = lsk.CrossEntropyLoss(**given)
+    assert dict(module.named_buffers()).keys() == {"weight", "label_smoothing", "smoothing"}, "they move with it"
+    assert module.state_dict().keys() == {"weight"}
+    spec = module(X, Y)
+    assert all(getattr(spec, name) is value for name, value in given.items())
+    module.reduction = "mean"
+    spec = module(X, Y, **call)
+    assert all(getattr(spec, name) is value for name, value in (given | call | {"reduction": "mean"}).items())
 
 
-OPTIONS: dict[str, Any] = {
-    "weight": torch.linspace(0.1, 2, K),
-    "ignore_index": 3,
-    "reduction": "sum",
-    "label_smoothing": 0.3,
-    "smoothing": torch.softmax(torch.arange(K) / 5, 0),
-    "smooth_over": "finite",
-    "class_dim": -1,
-    "z_loss": 0.1,
-    "logit_scale": 2.0,
-    "softcap": 1.5,
-    "inplace": True,
-    "return_stats": True,
-    "backend": "reference",
-}
+def test_probabilities_with_classes_last() -> None:
+    x, target = arguments((3, K, 4, 2), "probabilities", "cpu")
+    place = ("reference", "cpu")
+    want, want_grad = loss_and_grad(place, x, target, reduction="none", label_smoothing=0.1)
+    last = [t.movedim(1, -1).contiguous() for t in (x, target)]
+    loss, grad = loss_and_grad(place, *last, reduction="none", label_smoothing=0.1, class_dim=-1)
+    assert torch.equal(loss, want)
+    assert torch.equal(grad.movedim(-1, 1), want_grad)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_module_passes_every_option_on(name: str) -> None:
-    """Each one alone changes the loss, the gradient's place or the kind of result, the same way as in the function."""
-    x, y = draw()
-    x[1, 5:9] = -torch.inf
-    y = torch.where((y == 3) | (y < 0) | ((y >= 5) & (y < 9)), 4, y)
-    y[2] = 3
-    if name == "class_dim":
-        x, y = x.view(2, 3, K), y.view(2, 3)
-    base = {"label_smoothing": 0.2, "smooth_over": "finite"} if name in ("smoothing", "smooth_over") else {}
-    if name == "smooth_over":
-        base["smooth_over"] = "all"
-    given = {**base, name: OPTIONS[name]}
-    module, got = lsk.CrossEntropyLoss(**given), []
-    for call in (module, lambda *a, **k: lsk.cross_entropy(*a, **given, **k)):
-        own = x.clone().requires_grad_()
-        result = call(own, y)
-        loss = result[0] if isinstance(result, tuple) else result
-        loss.backward()
-        got.append((result if isinstance(result, tuple) else (result, None), own.detach(), own.grad))
-    for ours, theirs in zip(*got, strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=0)
-    assert repr(module) != repr(lsk.CrossEntropyLoss(**base))
-    if name == "class_dim":
-        return  # without it the call is an error
-    if name == "inplace" and backends.BACKENDS["cpu"].unavailable() is None:
-        assert not torch.equal(got[0][1], x)
-    elif name not in ("inplace", "return_stats", "backend"):
-        plain = lsk.cross_entropy(x, y, **base)
-        assert not torch.equal(plain.nan_to_num(-1), got[0][0][0].detach().nan_to_num(-1))
+def test_the_gradient_of_an_option_is_not_lost(place: Place) -> None:
+    """Kernels give none: unnamed, the call falls to the reference, loudly; a named backend refuses."""
+    x, y = draw(place)
+    eps = torch.tensor(0.1, device=place[1], requires_grad=True)
+    if place[0] != "reference":
+        with pytest.raises(lsk.ArgumentError, match=r"does not serve .*gradient of an option"):
+            lsk.cross_entropy(x, y, label_smoothing=eps, backend=place[0])
+        return
+    (grad,) = torch.autograd.grad(lsk.cross_entropy(x, y, label_smoothing=eps), eps)
+    assert grad.isfinite()
+    assert grad != 0
+
+
+def test_a_fall_to_the_reference_warns_once() -> None:
+    backends._choose.cache_clear()
+    backends._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"served by the plain PyTorch reference \(cpu: .*z_loss"):
+        lsk.cross_entropy(X, Y, z_loss=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lsk.cross_entropy(X, Y, z_loss=0.1)
+
+
+@pytest.mark.parametrize("backend", [name for name, b in backends.BACKENDS.items() if torch.float64 in b.dtypes])
+@pytest.mark.parametrize(
+    "options", [{}, {"row_weight": torch.arange(1.0, 7)}, {"normalizer": 3.0}, {"reduction": "none"}]
+)
+def test_the_gradient_with_a_graph_is_the_gradient(backend: str, options: dict[str, Any]) -> None:
+    x, y = draw(("", "cpu"), dtype=torch.float64)
+    x.requires_grad_()
+    loss = lsk.cross_entropy(x, y, label_smoothing=0.1, backend=backend, **options)
+    upstream = torch.full_like(loss, 0.37)
+    plain, graphed = (
+        torch.autograd.grad(loss, x, upstream, create_graph=kept, retain_graph=True) for kept in (False, True)
+    )
+    torch.testing.assert_close(graphed[0].detach(), plain[0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction: str) -> None:
-    x, y = draw(place[1])
+    x, y = draw(place)
     results = []
-    for weight in (torch.tensor(3.0, device=place[1]), torch.full((N,), 3.0, device=place[1])):
+    for weight in (torch.tensor(3.0, device=place[1]), torch.full((6,), 3.0, device=place[1])):
         leaf = x.clone().requires_grad_()
         loss = lsk.cross_entropy(leaf, y, reduction=reduction, row_weight=weight, backend=place[0])
         results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
@@ -87,22 +101,24 @@ def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction:
         assert torch.equal(one, many)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_compiled_caller_has_one_graph(reduction: str, inplace: bool) -> None:
-    skip_unless_available("cpu")
-    x, y = draw()
+def test_compiled_as_eager(fast_place: Place, reduction: str, dtype: torch.dtype) -> None:
+    x, y = draw(fast_place, dtype=dtype)
+    call: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1, "backend": fast_place[0]}
+    grads = []
+    torch._dynamo.reset()
 
-    def step(logits: Tensor, target: Tensor) -> Tensor:
-        return lsk.cross_entropy(logits * 1, target, label_smoothing=0.1, reduction=reduction, inplace=inplace)
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return lsk.cross_entropy(x, y, **call) * 0.37
 
-    results = []
-    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaf = x.clone().requires_grad_()
-        loss = call(leaf, y)
-        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2**-21, atol=2**-27)
+        value = f(leaf, y)
+        value.sum().backward()
+        grads.append((value.detach(), leaf.grad))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-20, atol=1e-7)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -125,6 +141,50 @@ def test_every_instruction_set_passes_the_table(capability: str) -> None:
     run = subprocess.run(table, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_the_backward_needs_may_not_change_before_it(fast_place: Place, reduction: str) -> None:
+    """The logits that hold the gradient, and for the recompute form the targets and a scheduled ε: autograd's error."""
+    x, y = draw(fast_place)
+    eps = torch.full((1,), 0.1, device=x.device)
+    changes = {"mean": [], "none": [y, eps]}[reduction]
+    for changed in changes:
+        loss = lsk.cross_entropy(x.clone().requires_grad_(), y, label_smoothing=eps, reduction=reduction)
+        changed.add_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
+    leaf = x.clone().requires_grad_()
+    logits = leaf * 1
+    loss = lsk.cross_entropy(logits, y, label_smoothing=eps, reduction=reduction, inplace=True, backend=fast_place[0])
+    logits.detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_class_weights_are_summed_in_float32(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(70_000, 2), torch.zeros(70_000, dtype=torch.int64)
+    got = lsk.cross_entropy(x, y, weight=torch.ones(2, dtype=dtype))
+    torch.testing.assert_close(got, torch.tensor(2.0).log(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_an_ignored_row_counts_for_nothing_whatever_it_holds(softcap: float | None) -> None:
+    x, y = draw(("cpu", "cpu"))
+    weight = torch.ones(6)
+    want = loss_and_grad(("reference", "cpu"), x, y, row_weight=weight, softcap=softcap)
+    x[y == -100], weight[y == -100] = torch.nan, torch.nan
+    got = loss_and_grad(("reference", "cpu"), x, y, row_weight=weight, softcap=softcap)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("option", [{"weight": [1.0] * 5}, {"row_weight": 2.0}, {"backend": ["cpu"]}], ids=str)
+def test_an_option_of_the_wrong_type_is_named(option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(lsk.ArgumentError, match=f"{name} must be"):
+        lsk.cross_entropy(X, Y, **option)
 
 
 def test_the_doctor_reports_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +210,7 @@ def test_the_switch_makes_a_bad_target_raise(tmp_path: Any, monkeypatch: pytest.
     looked = []
     monkeypatch.setattr(lsk.functional, "check_targets", looked.append)
     skip_unless_available("cpu")
-    x, y = draw()
+    x, y = draw(("cpu", "cpu"))
     lsk.cross_entropy(x, y, backend="cpu")
     assert not looked
     monkeypatch.setenv(lsk.functional.CHECK_TARGETS, "0")

@@ -46,10 +46,10 @@ def test_case(case: Case, backend: str, device: str, dtype: torch.dtype, directi
 
 FORMS = [{"form": "block"}, {"form": "sweep", "block": 128}, {"form": "split", "block": 64, "splits": 3}]
 FORMED = """smaller than a tile, half the rows ignored, one above a tile, masked classes, equal logits,
-    NaN and infinite logits, one finite class, last"""
+    NaN and infinite logits, one finite class, last, equal maxima far apart"""
 
 
-@pytest.mark.parametrize("direction", ["rows", "inplace"])
+@pytest.mark.parametrize("direction", ["forward", "rows", "inplace"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form["form"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in FORMED], ids=lambda c: c.name)
 def test_every_form_of_the_triton_kernels(case: Case, form: dict[str, object], direction: str) -> None:

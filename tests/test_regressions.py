@@ -36,7 +36,7 @@ def judge(
 ) -> None:
     """Judge the losses of rows smoothed by EPS, and the gradient of Σ factor·loss, for logits x (N, K)."""
     problem = Problem(x.detach(), y, {"label_smoothing": EPS})
-    want = expect(problem, torch.as_tensor(factors, device=x.device).double().expand(len(y)))
+    want = expect(problem, torch.as_tensor(factors, device=x.device, dtype=torch.float64).expand(len(y)))
     if loss is not None:
         judge_loss(want, loss)
     judge_grad(problem, want, grad, roundings, truncates(place[0], x))
@@ -245,8 +245,6 @@ def test_r35_targets_outside(place: Place, bad: int, inplace: bool) -> None:
                 loss_and_grad(place, x, y, reduction=reduction, **call)
         assert torch.equal(x, before), "nothing is written before the targets are known to be good"
         return
-    if place[0] == "reference":
-        pytest.skip("the reference reads the targets on a GPU too, and raises")
     results = loss_and_grad(place, x, y, reduction="none", **call)
     for result in results:
         assert [row.isnan().all().item() for row in result] == [False, False, False, False, True, False]
@@ -303,19 +301,3 @@ def test_r40_others_needs_others(place: Place) -> None:
     with pytest.raises(lsk.ArgumentError, match="smoothing='others' needs at least 2 classes, got 1"):
         lsk.cross_entropy(x, y, label_smoothing=0.1, smoothing="others", backend=place[0])
     assert (lsk.cross_entropy(x, y, smoothing="others", reduction="none", backend=place[0]) == 0).all()
-
-
-def test_equal_from_run_to_run(place: Place) -> None:
-    """Bit for bit, also with another number of threads: no atomics, no order that a scheduler chooses."""
-    x, y = draw(place, 16, 700)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (threads, threads, 1, 3):
-            torch.set_num_threads(count)
-            results.append(loss_and_grad(place, x, y, label_smoothing=EPS))
-    finally:
-        torch.set_num_threads(threads)
-    for loss, grad in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
