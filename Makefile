@@ -4,7 +4,7 @@ BUILD ?= auto
 OUT ?= out
 BIN := .venv/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-# A GPU machine keeps the torch that fits its driver, with the Triton that this torch pins.
+# A GPU machine takes the newest torch, with the Triton that this torch pins.
 CONSTRAINTS := $(if $(GPU),.venv/constraints.txt,constraints.txt)
 TORCH := $(if $(GPU),torch,torch triton)
 
@@ -34,7 +34,7 @@ aot: .venv/built .venv/triton36/triton
 bench: .venv/built
 	$(BIN)/python -m bench.cpu
 
-# On a machine with an NVIDIA GPU, torch, Triton and nvcc, with that machine's own Python and no network.
+# On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)/gpu
 
@@ -48,7 +48,11 @@ doctor: .venv/built
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark hypothesis ruff mypy clang-format matplotlib tqdm
 	touch $@
 
-.venv/built: .venv/deps setup.py $(wildcard csrc/*)
+.venv/mode-$(BUILD): .venv/deps
+	rm -f .venv/mode-*
+	touch $@
+
+.venv/built: .venv/mode-$(BUILD) setup.py $(wildcard csrc/*)
 	LABELSMOOTH_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -10,7 +10,7 @@ What is not timed: refilling logits that a provider overwrites, and freeing its 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
+import importlib
 import importlib.util
 import json
 import os
@@ -310,7 +310,7 @@ def provenance(device: str) -> dict[str, Any]:
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
         "commit": _commit(),
         "load average": round(os.getloadavg()[0], 1),  # before the run: others on the machine spoil a time

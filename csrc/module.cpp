@@ -1,4 +1,4 @@
-// The Python module _C: loading it registers the operators; build_info() is what the doctor prints and checks.
+// The Python module _C: loading it registers the operators; build_info() tells the doctor what runs.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/version.h>

@@ -30,7 +30,7 @@ def test_the_module_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> N
     }  # fmt: skip
     call: dict[str, Any] = {"row_weight": torch.ones(4), "normalizer": 7.0}
     assert given.keys() | call.keys() == {f.name for f in dataclasses.fields(lsk.LossSpec)}
-    monkeypatch.setattr(modules, "apply_spec", lambda input, target, spec: spec)
+    monkeypatch.setattr(modules, "apply_spec", lambda _input, _target, spec: spec)
     module = lsk.CrossEntropyLoss(**given)
     assert dict(module.named_buffers()).keys() == {"weight", "label_smoothing", "smoothing"}, "they move with it"
     assert module.state_dict().keys() == {"weight"}

@@ -71,7 +71,7 @@ _forced: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def override(**choice: Any) -> Iterator[None]:
-    """Force fields of the plans made inside (``form``, ``block``, ``splits``, …), or ``machine``: for tests."""
+    """Force fields of the row plans made inside (``form``, ``block``, ``splits``, …), or ``machine``: tests, tuning."""
     before = dict(_forced)
     _forced.update(choice)
     try:
@@ -143,10 +143,10 @@ def chunk_plan(tensor: Tensor, k: int) -> Plan:
     """Chunks of rows of k elements, for the kernels that only map."""
     machine = machine_of(tensor)
     if machine == _INTERPRETER:
-        return _settled(Plan("chunk", _eighth(k), 4, programs=machine.sms), 0)
+        return Plan("chunk", _eighth(k), 4, programs=machine.sms)
     block, warps, per_sm = _CHUNK[tensor.element_size()]
     block = min(block, max(128, triton.next_power_of_2(k)))
-    return _settled(Plan("chunk", block, warps, programs=machine.sms * per_sm), 0)
+    return Plan("chunk", block, warps, programs=machine.sms * per_sm)
 
 
 def start(kernel: Any, plan: Plan, units: int, arguments: tuple[Any, ...], **constants: Any) -> None:
