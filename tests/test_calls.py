@@ -79,6 +79,7 @@ def test_a_fall_to_the_reference_warns_once() -> None:
     "options", [{}, {"row_weight": torch.arange(1.0, 7)}, {"normalizer": 3.0}, {"reduction": "none"}]
 )
 def test_the_gradient_with_a_graph_is_the_gradient(backend: str, options: dict[str, Any]) -> None:
+    skip_unless_available(backend)
     x, y = draw(("", "cpu"), dtype=torch.float64)
     x.requires_grad_()
     loss = lsk.cross_entropy(x, y, label_smoothing=0.1, backend=backend, **options)
@@ -150,7 +151,8 @@ def test_what_the_backward_needs_may_not_change_before_it(fast_place: Place, red
     eps = torch.full((1,), 0.1, device=x.device)
     changes = {"mean": [], "none": [y, eps]}[reduction]
     for changed in changes:
-        loss = lsk.cross_entropy(x.clone().requires_grad_(), y, label_smoothing=eps, reduction=reduction)
+        leaf = x.clone().requires_grad_()
+        loss = lsk.cross_entropy(leaf, y, label_smoothing=eps, reduction=reduction, backend=fast_place[0])
         changed.add_(0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.sum().backward()
