@@ -21,9 +21,9 @@ class CrossEntropyLoss(nn.Module):
     """:func:`labelsmooth_kernels.cross_entropy` as a module, a drop-in for ``torch.nn.CrossEntropyLoss``.
 
     ``weight`` and the options are those of the function, kept as attributes of the same names, so that
-    ``loss.label_smoothing = 0.05`` anneals (a tensor: ``loss.label_smoothing.fill_(0.05)``); tensors among them are buffers and move with the module, and ``weight`` is
-    part of the state dict as in PyTorch. ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the
-    call. Shapes, dtypes and errors: see the function.
+    ``loss.label_smoothing = 0.05`` anneals (a tensor: ``loss.label_smoothing.fill_(0.05)``); tensors among them are
+    buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. ``row_weight`` and
+    ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see the function.
     """
 
     def __init__(self, weight: Tensor | None = None, **options: object) -> None:
