@@ -102,6 +102,7 @@ def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction:
         assert torch.equal(one, many)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="an older torch.compile (2.9 was tried) cannot trace the gate")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_as_eager(fast_place: Place, reduction: str, dtype: torch.dtype) -> None:
