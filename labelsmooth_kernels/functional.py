@@ -140,7 +140,7 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
         eps = _per_row("label_smoothing", eps, shape, logits)
     row_weight = None
     if spec.row_weight is not None:
-        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(shape.numel()).contiguous()
+        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(shape.numel())
         if not row_target.is_floating_point():  # an ignored row counts for nothing, whatever its weight is
             row_weight = torch.where(row_target == spec.ignore_index, 0.0, row_weight)
     return Rows(spec, logits, row_target, eps, row_weight), shape
