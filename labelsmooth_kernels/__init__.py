@@ -1,6 +1,6 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
-from . import functional, reference
+from . import conventions, functional, reference
 from .functional import cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy
 from .reference import RowStats
@@ -13,6 +13,7 @@ __all__ = [
     "LabelSmoothingCrossEntropy",
     "LossSpec",
     "RowStats",
+    "conventions",
     "cross_entropy",
     "functional",
     "reference",

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
-FLOORS = """spec | reference ops | backends | autograd | functional | linear parallel calibration distillation
+FLOORS = """spec | reference ops | backends conventions | autograd | functional | linear parallel calibration distillation
     representation | modules doctor | __init__ __main__"""  # a module imports only from the floors before its own
-PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LossSpec RowStats cross_entropy
-    functional reference"""
+PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LossSpec RowStats conventions
+    cross_entropy functional reference"""
 PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss
     logit_scale softcap row_weight normalizer inplace return_stats backend"""
 ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "TRITON_INTERPRET"}
