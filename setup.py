@@ -1,7 +1,8 @@
 """Builds the optional C++ extension ``labelsmooth_kernels._C``; all metadata stands in pyproject.toml.
 
 LABELSMOOTH_BUILD is auto (default: the extension where it can be built, else a pure-Python package that works), off,
-cpu or cuda (the last two fail loudly). No GPU is asked for while building. What came of it is recorded, for the doctor,
+cpu, cuda or sanitize, which is cpu under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`); the last
+three fail loudly. No GPU is asked for while building. What came of it is recorded, for the doctor,
 in labelsmooth_kernels/_build_info.json.
 """
 
@@ -24,7 +25,7 @@ except ImportError as error:  # metadata and source distributions need no torch;
     torch, TORCH_ERROR, BuildExtension = None, str(error), build_ext
 
 PACKAGE = "labelsmooth_kernels"
-MODES = ("auto", "off", "cpu", "cuda")
+MODES = ("auto", "off", "cpu", "cuda", "sanitize")
 MODE = os.environ.get("LABELSMOOTH_BUILD", "auto")
 if MODE not in MODES:
     raise SystemExit(f"LABELSMOOTH_BUILD={MODE!r} is not one of {', '.join(MODES)}")
@@ -43,8 +44,12 @@ def extension() -> Extension:
     if "OpenMP" in torch.__config__.parallel_info():
         # For the compiler only: unlinked, the OpenMP symbols resolve to the runtime and thread pool that torch loads.
         flags.append("-fopenmp")
+    link = []
+    if MODE == "sanitize":
+        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags += [*link, "-O1", "-g", "-fno-omit-frame-pointer"]
     headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
-    return CppExtension(f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=flags)
+    return CppExtension(f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)
 
 
 def record(folder: Path, built: str | None, reason: str | None, compiler: str | None = None) -> None:
@@ -77,7 +82,7 @@ class BuildOrExplain(BuildExtension):
             self.cxx = compiler_version(self.compiler.compiler_cxx[0])
             super().build_extensions()
         except Exception as error:  # torch's ninja build knows nothing of Extension.optional
-            if MODE == "cpu":
+            if MODE in ("cpu", "sanitize"):
                 raise
             self.reason = f"{type(error).__name__}: {error}".splitlines()[0] + " (the build log has the details)"
             self.extensions = []

@@ -1,23 +1,13 @@
-// Label-smoothed cross-entropy over the rows of (N, K) logits on the CPU: loss, statistics and gradient in one pass.
-//
-// Bytes: the logits are read from memory once and the gradient is written once; nothing else of size N×K exists.
-// Threads take rows, or blocks of rows where rows are few and long. Both sum the same blocks in the same order, so that
-// the bits of a result do not depend on the number of threads.
+// The operators of the CPU: operands are checked and described here; cpu_passes.cpp does the work.
 // The schemas and the semantics of the operators stand in labelsmooth_kernels/ops.py.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "cpu_kernels.h"
+#include "cpu_call.h"
 
 namespace lsk {
 namespace {
@@ -27,126 +17,75 @@ using OptionalTensor = const std::optional<Tensor>&;
 
 constexpr at::ScalarType kScalarTypes[kDtypes] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};
 
-struct InstructionSet {
-  const char* name;
-  const RowKernels* kernels;
-};
-
-// ATEN_CPU_CAPABILITY and the CPU decide, as for ATen's own kernels.
-const InstructionSet& instruction_set() {
-  static const InstructionSet chosen = []() -> InstructionSet {
-#if LSK_X86
-    const std::string aten = at::get_cpu_capability();
-    if (aten == "AVX512") return {"avx512", avx512_kernels()};
-    if (aten == "AVX2") return {"avx2", avx2_kernels()};
-#endif
-    return {"portable", portable_kernels()};
-  }();
-  return chosen;
+// Dimensions in the order of their strides; each must step over all that lies before it.
+bool overlaps_itself(const Tensor& t) {
+  c10::SmallVector<std::pair<int64_t, int64_t>, 3> dims;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= last) return true;
+    last += stride * (size - 1);
+  }
+  return false;
 }
 
-const RowKernels& check_matrix(const Tensor& t, const char* name, bool written) {
+View view_of(const Tensor& t, const char* name, bool written) {
   const auto* dtype = std::find(kScalarTypes, kScalarTypes + kDtypes, t.scalar_type());
   TORCH_CHECK(dtype < kScalarTypes + kDtypes, name, " must be float16, bfloat16, float32 or float64, got ",
               t.scalar_type());
-  TORCH_CHECK(t.dim() == 2, name, " must have shape (N, K), got ", t.sizes());
-  TORCH_CHECK(t.size(1) >= 1 || t.size(0) == 0, name, " must have at least one class, got shape ", t.sizes());
-  TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have unit class stride, got strides ", t.strides());
-  TORCH_CHECK(!written || t.size(0) <= 1 || t.stride(0) >= t.size(1), name,
-              " is written in place and must not overlap itself, got strides ", t.strides());
-  return instruction_set().kernels[dtype - kScalarTypes];
+  TORCH_CHECK(t.dim() == 2 || t.dim() == 3, name, " must have 2 or 3 dimensions, got shape ", t.sizes());
+  TORCH_CHECK(t.size(-1) >= 1 || t.numel() == 0, name, " must have at least one class, got shape ", t.sizes());
+  TORCH_CHECK(!written || !overlaps_itself(t), name, " is written in place and must not overlap itself, got strides ",
+              t.strides());
+  View view;
+  view.data = static_cast<char*>(written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
+  view.dtype = static_cast<Dtype>(dtype - kScalarTypes);
+  view.element = t.element_size();
+  view.inner = t.size(-2);
+  view.outer_stride = t.dim() == 3 ? t.stride(0) : 0;
+  view.row_stride = t.stride(-2);
+  view.class_stride = t.size(-1) == 1 ? 1 : t.stride(-1);
+  return view;
 }
 
-void check_target(const Tensor& target, const Tensor& logits, int64_t ignore_index) {
-  const int64_t n = logits.size(0), k = logits.size(1);
-  TORCH_CHECK(target.scalar_type() == at::kLong, "target must be int64, got ", target.scalar_type());
+const int64_t* index_target(const Tensor& target, int64_t n, int64_t k, int64_t ignore_index) {
+  TORCH_CHECK(target.scalar_type() == at::kLong, "target must be int64 or floating-point, got ", target.scalar_type());
   TORCH_CHECK(target.dim() == 1 && target.size(0) == n, "target must have shape (", n, "), got ", target.sizes());
   TORCH_CHECK(target.is_contiguous(), "target must be contiguous");
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i)
     TORCH_CHECK_INDEX((y[i] >= 0 && y[i] < k) || y[i] == ignore_index, "target[", i, "] = ", y[i], " is outside [0, ",
                       k, ") and is not ignore_index (", ignore_index, ")");
+  return y;
 }
 
 at::ScalarType acc_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// A number per row in the dtype of the arithmetic; a stride of 0 gives every row the same one, no data the fallback.
-struct Column {
-  void* data = nullptr;
-  bool wide = false;
-  int64_t stride = 1;
-  double fallback = 0;
-
-  double operator[](int64_t row) const {
-    if (data == nullptr) return fallback;
-    return wide ? static_cast<double*>(data)[row * stride] : static_cast<float*>(data)[row * stride];
-  }
-  void set(int64_t row, double value) const {
-    if (data == nullptr) return;
-    wide ? static_cast<double*>(data)[row] = value : static_cast<float*>(data)[row] = static_cast<float>(value);
-  }
-};
-
-Column input_column(const Tensor& t, const char* name, const Tensor& logits, bool one_for_all) {
-  const int64_t n = logits.size(0);
-  TORCH_CHECK(t.scalar_type() == acc_dtype(logits), name, " must be ", acc_dtype(logits), " for ", logits.scalar_type(),
-              " logits, got ", t.scalar_type());
-  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous, got strides ", t.strides());
-  TORCH_CHECK(t.numel() == n || (one_for_all && t.numel() == 1), name, " must have ", one_for_all ? "1 or " : "", n,
-              " elements, got ", t.numel());
-  return {const_cast<void*>(t.const_data_ptr()), t.scalar_type() == at::kDouble, t.numel() == n ? 1 : 0};
+// n numbers in the dtype of the arithmetic, or one for all.
+void set_column(Column& column, OptionalTensor t, const char* name, const Tensor& logits, int64_t n, bool one_for_all) {
+  if (!t) return;
+  TORCH_CHECK(t->scalar_type() == acc_dtype(logits), name, " must be ", acc_dtype(logits), " for ",
+              logits.scalar_type(), " logits, got ", t->scalar_type());
+  TORCH_CHECK(t->is_contiguous(), name, " must be contiguous, got strides ", t->strides());
+  TORCH_CHECK(t->numel() == n || (one_for_all && t->numel() == 1), name, " must have ", one_for_all ? "1 or " : "", n,
+              " elements, got ", t->numel());
+  column.data = static_cast<char*>(const_cast<void*>(t->const_data_ptr()));
+  column.wide = t->scalar_type() == at::kDouble;
+  column.stride = t->numel() == n ? 1 : 0;
 }
 
-Column output_column(const Tensor& t) {
-  return {t.numel() == 0 ? nullptr : t.mutable_data_ptr(), t.scalar_type() == at::kDouble};
-}
-
-// The operands of one call. Strides are in bytes; grad is null where no gradient is wanted.
-struct Call {
-  const RowKernels& kernels;
-  int64_t n, k, element;
-  const char* logits;
-  int64_t logits_stride;
-  const int64_t* target;
-  int64_t ignore_index;
-  Column eps, scale;
-  char* grad = nullptr;
-  int64_t grad_stride = 0;
-
-  const char* z(int64_t row, int64_t k = 0) const { return logits + row * logits_stride + k * element; }
-  bool ignored(int64_t row) const { return target[row] == ignore_index; }
-};
-
-Call make_call(const Tensor& logits, const Tensor& target, double eps, OptionalTensor eps_rows,
-               OptionalTensor row_scale, int64_t ignore_index, bool written = false) {
-  const RowKernels& kernels = check_matrix(logits, "logits", written);
-  check_target(target, logits, ignore_index);
-  const int64_t element = logits.element_size();
-  Call call = {kernels,
-               logits.size(0),
-               logits.size(1),
-               element,
-               static_cast<const char*>(logits.const_data_ptr()),
-               logits.stride(0) * element,
-               target.const_data_ptr<int64_t>(),
-               ignore_index,
-               {},
-               {}};
-  call.eps.fallback = eps;
-  call.scale.fallback = 1;
-  if (eps_rows) call.eps = input_column(*eps_rows, "eps_rows", logits, true);
-  if (row_scale) call.scale = input_column(*row_scale, "row_scale", logits, true);
-  return call;
-}
-
-void write_to(Call& call, const Tensor& grad) {
-  call.grad = static_cast<char*>(grad.mutable_data_ptr());
-  call.grad_stride = grad.stride(0) * call.element;
+Column output_column(const Tensor& t, int64_t row = 0) {
+  Column column;
+  column.wide = t.scalar_type() == at::kDouble;
+  if (t.numel() > 0) column.data = static_cast<char*>(t.mutable_data_ptr()) + row * t.size(-1) * t.element_size();
+  return column;
 }
 
 // Most of the time of a large fresh allocation goes into page faults; 2 MiB pages make 512 times fewer of them.
-Tensor fresh_grad(const Tensor& logits) {
-  const Tensor grad = at::empty(logits.sizes(), logits.options(), at::MemoryFormat::Contiguous);
+Tensor fresh_like(const Tensor& t) {
+  const Tensor grad = at::empty_like(t);
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
@@ -157,181 +96,153 @@ Tensor fresh_grad(const Tensor& logits) {
   return grad;
 }
 
-// ---- threads
+// A call and the tensors that it made for itself.
+struct Prepared {
+  Call call;
+  Tensor probabilities;
+  std::optional<Tensor> rest;
 
-constexpr int64_t kBlock = 4096;   // classes: stays in a first-level cache between the two sweeps over it
-constexpr int64_t kGrain = 32768;  // elements that are worth waking a thread for
-
-int64_t blocks_of(const Call& call) { return (call.k + kBlock - 1) / kBlock; }
-int64_t block_end(const Call& call, int64_t b) { return std::min(call.k, (b + 1) * kBlock); }
-
-template <class F>
-void for_rows(int64_t n, int64_t k, const F& f) {
-  at::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, k)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) f(row);
-  });
-}
-
-template <class F>
-void for_blocks(const Call& call, const F& f) {
-  const int64_t blocks = blocks_of(call);
-  at::parallel_for(0, call.n * blocks, kGrain / kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i / blocks, i % blocks);
-  });
-}
-
-// Too few rows to keep the threads evenly busy.
-bool split_rows(const Call& call) { return call.k > kBlock && call.n < 4 * at::get_num_threads(); }
-
-// ---- rows
-
-void write_gradient(const Call& call, int64_t row, double zmax, double logsum, int64_t begin, int64_t end) {
-  char* g = call.grad + row * call.grad_stride + begin * call.element;
-  if (call.ignored(row)) {
-    std::memset(g, 0, (end - begin) * call.element);
-    return;
-  }
-  const Weights<double> w = weights(call.eps[row], double(call.k));
-  const GradientRow rule = {zmax, logsum, w.a + w.b, w.b, call.scale[row]};
-  call.kernels.gradient(call.z(row, begin), g, end - begin, call.target[row] - begin, rule);
-}
-
-void write_gradients(const Call& call, const Column& zmax, const Column& logsum) {
-  if (split_rows(call))
-    for_blocks(call, [&](int64_t row, int64_t b) {
-      write_gradient(call, row, zmax[row], logsum[row], b * kBlock, block_end(call, b));
-    });
-  else
-    for_rows(call.n, call.k, [&](int64_t row) { write_gradient(call, row, zmax[row], logsum[row], 0, call.k); });
-}
-
-struct Results {
-  Tensor loss, zmax, logsum, nll, prediction;
-};
-
-struct Forward {
-  const Call& call;
-  Column loss, zmax, logsum, nll;
-  int64_t* prediction;
-
-  bool unread(int64_t row) const { return call.ignored(row) && prediction == nullptr; }
-
-  Stats<double> block(int64_t row, int64_t b) const {
-    return call.kernels.block(call.z(row, b * kBlock), block_end(call, b) - b * kBlock);
-  }
-
-  // The row's results from its block sums, taken in order.
-  template <class F>
-  void finish(int64_t row, const F& block) const {
-    Stats<double> s = {-INFINITY, 0, 0, 0};
-    int64_t best = 0;  // the first block that holds the maximum
-    for (int64_t b = 0; b < blocks_of(call) && !unread(row); ++b) {
-      const Stats<double> part = block(b);
-      if (part.max > s.max) best = b;
-      s = merge(s, part);
+  // The arguments of every operator between its logits and what is its own, in the order of the schema.
+  Prepared(const Tensor& logits, bool written, const Tensor& target, OptionalTensor weight, OptionalTensor prior,
+           double eps, OptionalTensor eps_rows, OptionalTensor row_scale, int64_t ignore_index, bool others,
+           bool finite, double z_loss, double logit_scale, std::optional<double> softcap) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    call.logits = view_of(logits, "logits", written);
+    call.k = logits.size(-1);
+    call.n = logits.size(-2) * (logits.dim() == 3 ? logits.size(0) : 1);
+    call.wide = logits.scalar_type() == at::kDouble;
+    if (target.is_floating_point()) {
+      TORCH_CHECK(target.sizes() == logits.sizes(), "target must have the shape of logits, ", logits.sizes(), ", got ",
+                  target.sizes());
+      // Kernels convert 16-bit floats to float; between double and the others is rare enough for a copy.
+      probabilities = acc_dtype(target) == acc_dtype(logits) ? target : target.to(acc_dtype(logits));
+      call.probabilities = view_of(probabilities, "target", false);
+    } else {
+      call.target = index_target(target, call.n, call.k, ignore_index);
     }
-    const double max = unread(row) ? 0 : s.max, log_sum = unread(row) ? 0 : std::log(s.sum);
-    const bool ignored = call.ignored(row);
-    const double zy = ignored ? 0 : call.kernels.logit(call.z(row, call.target[row])) - max;
-    zmax.set(row, max);
-    logsum.set(row, log_sum);
-    loss.set(row, ignored ? 0 : row_loss(log_sum, weights(call.eps[row], double(call.k)), zy, s.dev));
-    nll.set(row, ignored ? 0 : log_sum - zy);
-    if (prediction == nullptr) return;
-    const int64_t begin = best * kBlock, end = block_end(call, best);
-    prediction[row] = std::min(begin + call.kernels.find(call.z(row, begin), end - begin, max), end - 1);
+    set_column(call.weight, weight, "weight", logits, call.k, false);
+    set_column(call.prior, prior, "prior", logits, call.k, false);
+    if (weight && prior) rest = *weight * *prior;
+    set_column(call.rest, rest ? rest : weight ? weight : prior, "weight", logits, call.k, false);
+    call.eps.fallback = eps;
+    set_column(call.eps, eps_rows, "eps_rows", logits, call.n, true);
+    set_column(call.scale, row_scale, "row_scale", logits, call.n, true);
+    TORCH_CHECK(!(softcap && !(*softcap > 0)), "softcap must be positive, got ", *softcap);
+    call.ignore_index = ignore_index;
+    call.others = others;
+    call.finite = finite;
+    call.z_loss = z_loss;
+    call.logit_scale = logit_scale;
+    call.softcap = softcap.value_or(0);
   }
 
-  void run() const {
-    if (split_rows(call)) {
-      const int64_t blocks = blocks_of(call);
-      std::vector<Stats<double>> parts(call.n * blocks);
-      for_blocks(call, [&](int64_t row, int64_t b) {
-        if (!unread(row)) parts[row * blocks + b] = block(row, b);
-      });
-      for (int64_t row = 0; row < call.n; ++row) finish(row, [&](int64_t b) { return parts[row * blocks + b]; });
-      if (call.grad != nullptr) write_gradients(call, zmax, logsum);
-      return;
-    }
-    for_rows(call.n, call.k, [&](int64_t row) {
-      finish(row, [&](int64_t b) { return block(row, b); });
-      if (call.grad != nullptr) write_gradient(call, row, zmax[row], logsum[row], 0, call.k);
-    });
+  void use(const Tensor& logits, const Tensor& saved) {
+    TORCH_CHECK(saved.dim() == 2 && saved.size(0) == 4 && saved.size(1) == call.n, "saved must have shape (4, ", call.n,
+                "), got ", saved.sizes());
+    Column checked;
+    set_column(checked, saved, "saved", logits, 4 * call.n, false);
+    set_saved(saved);
+  }
+
+  void set_saved(const Tensor& saved) {
+    call.zmax = output_column(saved, 0);
+    call.logsum = output_column(saved, 1);
+    call.mass = output_column(saved, 2);
+    call.count = output_column(saved, 3);
   }
 };
 
-Results run_forward(const Call& call, const Tensor& logits, bool with_stats) {
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, saved, stats, prediction
+
+Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
+  TORCH_CHECK(n_stats >= 0 && n_stats <= 2, "n_stats must be 0, 1 or 2, got ", n_stats);
   const auto options = logits.options().dtype(acc_dtype(logits));
-  const int64_t stats = with_stats ? call.n : 0;
-  const Results r = {at::empty({call.n}, options), at::empty({call.n}, options), at::empty({call.n}, options),
-                     at::empty({stats}, options), at::empty({stats}, options.dtype(at::kLong))};
-  int64_t* prediction = with_stats ? r.prediction.mutable_data_ptr<int64_t>() : nullptr;
-  Forward{call, output_column(r.loss), output_column(r.zmax), output_column(r.logsum), output_column(r.nll), prediction}
-      .run();
-  return r;
+  const int64_t n = p.call.n;
+  const Tensor loss = at::empty({n}, options), saved = at::empty({4, n}, options);
+  const Tensor stats = at::empty({n_stats, n}, options);
+  const Tensor prediction = at::empty({n_stats > 0 ? n : 0}, options.dtype(at::kLong));
+  p.call.loss = output_column(loss);
+  p.set_saved(saved);
+  if (n_stats > 0) p.call.nll = output_column(stats, 0);
+  if (n_stats > 1) p.call.entropy = output_column(stats, 1);
+  if (n_stats > 0) p.call.prediction = prediction.mutable_data_ptr<int64_t>();
+  run_forward(p.call);
+  return {loss, saved, stats, prediction};
 }
 
-// ---- operators
+// Row... are the arguments that all operators share.
+template <class... Row>
+struct Operators {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, Row... row, bool with_grad,
+                                                                    int64_t n_stats) {
+    Prepared p(logits, false, row...);
+    const Tensor grad = with_grad ? fresh_like(logits) : at::empty({0}, logits.options());
+    if (with_grad) p.call.grad = view_of(grad, "grad", true);
+    return std::tuple_cat(run(p, logits, n_stats), std::make_tuple(grad));
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
-                                                                   double eps, OptionalTensor eps_rows,
-                                                                   OptionalTensor row_scale, int64_t ignore_index,
-                                                                   bool with_grad, bool with_stats) {
-  Call call = make_call(logits, target, eps, eps_rows, row_scale, ignore_index);
-  const Tensor grad = with_grad ? fresh_grad(logits) : at::empty({0}, logits.options());
-  if (with_grad) write_to(call, grad);
-  const Results r = run_forward(call, logits, with_stats);
-  return {r.loss, r.zmax, r.logsum, r.nll, r.prediction, grad};
-}
+  static Results forward_(Tensor& logits, Row... row, int64_t n_stats) {
+    Prepared p(logits, true, row...);
+    p.call.grad = p.call.logits;
+    return run(p, logits, n_stats);
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_(Tensor& logits, const Tensor& target, double eps,
-                                                            OptionalTensor eps_rows, OptionalTensor row_scale,
-                                                            int64_t ignore_index, bool with_stats) {
-  Call call = make_call(logits, target, eps, eps_rows, row_scale, ignore_index, true);
-  write_to(call, logits);
-  const Results r = run_forward(call, logits, with_stats);
-  return {r.loss, r.zmax, r.logsum, r.nll, r.prediction};
-}
+  static Tensor backward(const Tensor& logits, Row... row, const Tensor& saved) {
+    Prepared p(logits, false, row...);
+    p.use(logits, saved);
+    const Tensor grad = fresh_like(logits);
+    p.call.grad = view_of(grad, "grad", true);
+    run_backward(p.call);
+    return grad;
+  }
 
-void run_backward(Call call, const Tensor& logits, const Tensor& grad, const Tensor& zmax, const Tensor& logsum) {
-  write_to(call, grad);
-  write_gradients(call, input_column(zmax, "zmax", logits, false), input_column(logsum, "logsum", logits, false));
-}
+  static void backward_(Tensor& logits, Row... row, const Tensor& saved) {
+    Prepared p(logits, true, row...);
+    p.use(logits, saved);
+    p.call.grad = p.call.logits;
+    run_backward(p.call);
+  }
 
-Tensor backward(const Tensor& logits, const Tensor& target, double eps, OptionalTensor eps_rows,
-                OptionalTensor row_scale, int64_t ignore_index, const Tensor& zmax, const Tensor& logsum) {
-  const Call call = make_call(logits, target, eps, eps_rows, row_scale, ignore_index);
-  const Tensor grad = fresh_grad(logits);
-  run_backward(call, logits, grad, zmax, logsum);
-  return grad;
-}
-
-void backward_(Tensor& logits, const Tensor& target, double eps, OptionalTensor eps_rows, OptionalTensor row_scale,
-               int64_t ignore_index, const Tensor& zmax, const Tensor& logsum) {
-  const Call call = make_call(logits, target, eps, eps_rows, row_scale, ignore_index, true);
-  run_backward(call, logits, logits, zmax, logsum);
-}
+  static Tensor target_grad(const Tensor& logits, Row... row, const Tensor& saved) {
+    Prepared p(logits, false, row...);
+    const Tensor& target = std::get<0>(std::tie(row...));
+    TORCH_CHECK(target.is_floating_point(), "target must be floating-point to have a gradient, got ",
+                target.scalar_type());
+    p.use(logits, saved);
+    const Tensor grad = fresh_like(p.probabilities);
+    p.call.grad = view_of(grad, "grad", true);
+    p.call.grad_of_target = true;
+    run_backward(p.call);
+    return grad.to(target.scalar_type());
+  }
+};
 
 void scale_(Tensor& grad, const Tensor& scale) {
-  const RowKernels& kernels = check_matrix(grad, "grad", true);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK(scale.scalar_type() == acc_dtype(grad) && scale.numel() == 1, "scale must be one ", acc_dtype(grad),
               " element for a ", grad.scalar_type(), " grad, got ", scale.numel(), " of ", scale.scalar_type());
   const double factor = scale.item().toDouble();
-  if (factor == 1) return;
-  char* g = static_cast<char*>(grad.mutable_data_ptr());
-  const int64_t k = grad.size(1), stride = grad.stride(0) * grad.element_size();
-  for_rows(grad.size(0), k, [&](int64_t row) { kernels.scale(g + row * stride, k, factor); });
+  Tensor rows = grad;  // any dimension of adjacent elements will do for the last
+  for (int64_t d = 0; d < grad.dim() && rows.stride(-1) != 1; ++d)
+    if (grad.stride(d) == 1 && grad.size(d) > 1) rows = grad.transpose(d, -1);
+  const View view = view_of(rows, "grad", true);
+  if (factor == 1 || grad.numel() == 0) return;
+  if (view.class_stride == 1)
+    run_scale(view, rows.numel() / rows.size(-1), rows.size(-1), factor);
+  else
+    grad.copy_(grad.to(acc_dtype(grad)).mul_(factor));
 }
 
 }  // namespace
 
-const char* cpu_capability() { return instruction_set().name; }
-
 TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) {
-  m.impl("cpu_forward", &forward);
-  m.impl("cpu_forward_", &forward_);
-  m.impl("cpu_backward", &backward);
-  m.impl("cpu_backward_", &backward_);
+  using Ops = Operators<const Tensor&, OptionalTensor, OptionalTensor, double, OptionalTensor, OptionalTensor, int64_t,
+                        bool, bool, double, double, std::optional<double>>;
+  m.impl("cpu_forward", &Ops::forward);
+  m.impl("cpu_forward_", &Ops::forward_);
+  m.impl("cpu_backward", &Ops::backward);
+  m.impl("cpu_backward_", &Ops::backward_);
+  m.impl("cpu_target_grad", &Ops::target_grad);
   m.impl("cpu_scale_", &scale_);
 }
 

@@ -1,4 +1,4 @@
-// What each instruction set's translation unit offers to cpu.cpp: a table of row kernels per dtype. Only plain types
+// What each instruction set's translation unit offers to the passes: tables of kernels per dtype. Only plain types
 // cross this line, so that nothing compiled for AVX-512 can be linked into code that must run without it.
 #pragma once
 
@@ -10,20 +10,54 @@ namespace lsk {
 
 enum Dtype { kFloat16, kBFloat16, kFloat32, kFloat64, kDtypes };
 
-// A row's gradient is factor·(p - q): p from (zmax, logsum), q = q_target at class `target` and q_rest elsewhere.
+// A row's gradient is factor·(mass·p - q): p from (zmax, logsum), q = q_target at class `target` and q_rest elsewhere.
 struct GradientRow {
-  double zmax, logsum, q_target, q_rest, factor;
+  double zmax, logsum, mass, q_target, q_rest, factor;
 };
 
+// Rows of n classes in a tensor; strides in elements.
+struct Tile {
+  int64_t rows, n, row_stride, class_stride;
+};
+
+// Kernels on n adjacent elements of a tensor's dtype.
 struct RowKernels {
-  double (*logit)(const void* z);
-  // Statistics of z[0, n), read from memory once where n fits the first-level cache.
-  Stats<double> (*block)(const void* z, int64_t n);
+  double (*value)(const void* z);
+  // max, sum and, for weights of 1, `rest`; read from memory once where n fits the first-level cache. What follows in
+  // memory at `ahead` is prefetched meanwhile.
+  Stats<double> (*block)(const void* z, int64_t n, const void* ahead);
   // First index with z == value; n where there is none.
   int64_t (*find)(const void* z, int64_t n, double value);
   // g may be z; a target outside [0, n) belongs to another part of the row.
   void (*gradient)(const void* z, void* g, int64_t n, int64_t target, const GradientRow& row);
   void (*scale)(void* g, int64_t n, double factor);
+  // Between a tile and rows in the dtype of the arithmetic, `pitch` elements apart and padded up to it.
+  void (*gather)(void* x, const Tile& tile, void* rows, int64_t pitch);
+  void (*scatter)(void* x, const Tile& tile, void* rows, int64_t pitch);
+};
+
+// Kernels on n adjacent elements in the dtype of the arithmetic. Class vectors r and t may be null: ones and zeros.
+// Classes with z = `masked`, which is -inf or NaN (none), do not count in r.
+struct BlockKernels {
+  // z = cap(scale·x), and the slope cap' where it is not null; no cap where `cap` is 0. z may be x.
+  void (*transform)(const void* x, void* z, void* slope, int64_t n, double scale, double cap);
+  // RowKernels::block with `rest` of r and `wt` of t
+  Stats<double> (*block)(const void* z, const void* r, const void* t, int64_t n, double masked, const void* ahead);
+  // Σ exp(z - shift)·(z - shift)
+  double (*spread)(const void* z, int64_t n, double shift);
+  // q = a·t + b·r
+  void (*mix)(const void* z, const void* t, const void* r, void* q, int64_t n, Weights<double> w, double masked);
+  // RowKernels::gradient with q_rest·r instead of q_rest
+  void (*gradient)(const void* z, const void* r, void* g, int64_t n, int64_t target, const GradientRow& row);
+  // factor·(logsum - (z - zmax)), where z - zmax counts as 0 if q = 0 and z = -inf
+  void (*target_gradient)(const void* z, const void* q, void* g, int64_t n, const GradientRow& row);
+  // x·y, which may be x
+  void (*multiply)(const void* x, const void* y, void* product, int64_t n);
+};
+
+struct Kernels {
+  RowKernels rows[kDtypes];
+  BlockKernels blocks[2];  // float, double
 };
 
 // clang knows the target pragma by another name; until someone measures it there, it gets the portable kernels.
@@ -31,10 +65,10 @@ struct RowKernels {
 #define LSK_X86 1
 #endif
 
-const RowKernels* portable_kernels();
+const Kernels* portable_kernels();
 #if LSK_X86
-const RowKernels* avx2_kernels();
-const RowKernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
 #endif
 
 // The instruction set that this process uses: "avx512", "avx2" or "portable".

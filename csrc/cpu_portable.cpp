@@ -5,6 +5,6 @@
 #include <stdint.h>
 
 #define LSK_SIMD_BYTES 16
-#include "cpu_rows.h"
+#include "cpu_general.h"
 
-const lsk::RowKernels* lsk::portable_kernels() { return kTable; }
+const lsk::Kernels* lsk::portable_kernels() { return &kTable; }

@@ -113,10 +113,11 @@ struct Format<BFloat16> {
   }
 };
 
+using Packed = VectorOf<uint16_t, kWidth<float>>::type;  // as many 16-bit floats as a vector has lanes
+
 template <>
 struct Format<Half> {
   using U = Bits<float>;
-  using Packed = VectorOf<uint16_t, kWidth<float>>::type;
   LSK_INLINE int element(int i, int l) { return i * kWidth<float> + l; }
   LSK_INLINE Vec<float> widen(Packed h) {
 #if LSK_SIMD_BYTES == 64
@@ -172,6 +173,16 @@ LSK_INLINE void store_part(T* p, int64_t n, const Group<T>& x) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
+template <class T>
+LSK_INLINE Group<T> load_some(const T* p, int64_t n) {
+  return n < kGroup<T> ? load_part(p, n) : Format<T>::load(p);
+}
+
+template <class T>
+LSK_INLINE void store_some(T* p, int64_t n, const Group<T>& x) {
+  n < kGroup<T> ? store_part(p, n, x) : Format<T>::store(p, x);
+}
+
 // Lanes of vector i whose element lies in [begin, end).
 template <class T>
 LSK_INLINE Signed<T> lanes_between(int i, int64_t begin, int64_t end) {
@@ -187,10 +198,15 @@ LSK_INLINE Vec<T> operand(double x) {
   return splat<T>(x == x ? Acc<T>(x) : Acc<T>(NAN));
 }
 
-// exp(x) for x <= 0, exactly 0 below the smallest normal number, NaN for NaN (every comparison is written so that NaN
-// survives). 1.5·2^23 + 127 added to x/ln 2 rounds it to an integer n and leaves n + 127, the exponent field of 2^n, in
-// the low bits; then exp(x) = 2^n·exp(r), r = x - n·ln 2, with a minimax polynomial on |r| <= ln 2 / 2 (3e-9 relative).
-LSK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+// exp(x) = power·(1 + tail), power a power of 2, |x - log power| <= ln 2 / 2; near 0, tail keeps its digits.
+template <class T>
+struct Exp {
+  Vec<T> power, tail;
+};
+
+// 1.5·2^23 + 127 added to x/ln 2 rounds it to an integer n and leaves n + 127, the exponent field of 2^n, in the low
+// bits; then a minimax polynomial of exp(r) - 1, r = x - n·ln 2 (3e-9 relative to exp).
+LSK_INLINE Exp<float> exp_parts(Vec<float> x) {
   const float magic = 12583039.0f;
   const Vec<float> shifted = x * 0x1.715476p+0f + magic;
   const Vec<float> n = shifted - magic;
@@ -200,23 +216,36 @@ LSK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0x1.555490p-3f;
   p = p * r + 0x1.fffffcp-2f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Vec<float> e = p * (Vec<float>)((Bits<float>)shifted << 23);
-  return x < -87.0f ? Vec<float>{} : e;
+  return {(Vec<float>)((Bits<float>)shifted << 23), p * r};
 }
 
 // The same in double, with the Taylor polynomial of degree 13 (4e-18).
-LSK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+LSK_INLINE Exp<double> exp_parts(Vec<double> x) {
   const double magic = 6755399441056767.0;  // 1.5·2^52 + 1023
   const Vec<double> shifted = x * 0x1.71547652b82fep+0 + magic;
   const Vec<double> n = shifted - magic;
   const Vec<double> r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-  const double taylor[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
-                           1. / 120,       1. / 24,       1. / 6,       0.5,         1.,         1.};
+  const double taylor[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
+                           1. / 720,       1. / 120,      1. / 24,      1. / 6,      0.5,        1.};
   Vec<double> p = splat<double>(1. / 6227020800);
   for (double c : taylor) p = p * r + c;
-  const Vec<double> e = p * (Vec<double>)((Bits<double>)shifted << 52);
-  return x < -708.0 ? Vec<double>{} : e;
+  return {(Vec<double>)((Bits<double>)shifted << 52), p * r};
+}
+
+// Below kLowest the result is not a normal number.
+template <class T>
+constexpr T kLowest = -87;
+template <>
+constexpr double kLowest<double> = -708;
+
+// exp(x) for x <= 0, exactly 0 below kLowest, NaN for NaN (every comparison is written so that NaN survives).
+LSK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Exp<float> e = exp_parts(x);
+  return x < kLowest<float> ? Vec<float>{} : e.power * (1 + e.tail);
+}
+LSK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  const Exp<double> e = exp_parts(x);
+  return x < kLowest<double> ? Vec<double>{} : e.power * (1 + e.tail);
 }
 
 }  // namespace

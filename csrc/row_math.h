@@ -1,12 +1,16 @@
 // The maths of one row of logits, stated once for every C++ kernel; names are shared with the Triton and Python sides.
 //
-//   q = a·[k = y] + b      loss = logsum - Σ q·(z - zmax)      dz = p - q      p = exp((z - zmax) - logsum)
+//   q = a·w·t + b·r      loss = M·logsum - Σ q·(z - zmax) + z_loss·lse²      dz = (M + 2·z_loss·lse)·p - q
+//
+// with p = exp((z - zmax) - logsum), M = Σ q, t the target (one-hot, or given), w the class weights and r = w·u·c what
+// smoothing is spread over: class weights, prior and covered classes, each 1 where absent.
 //
 // V is float, double or a SIMD vector of them. Plain static templates, no ATen, no std::, so that g++ may compile this
 // header once per instruction set without one copy replacing another at link time, and nvcc may compile it for a GPU.
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define LSK_MEMBER __host__ __device__ __forceinline__
@@ -22,16 +26,38 @@ struct Weights {
   V a, b;
 };
 
+// e spread over n classes, or over all of them but the target; where there is no class to take it, it is not spread.
 template <class V>
-LSK_INLINE Weights<V> weights(V e, V K) {
-  return {1 - e, e / K};
+LSK_INLINE Weights<V> weights(V e, V n, bool others) {
+  if (others) e = n > 1 ? e * n / (n - 1) : V(0);
+  return {1 - e, n > 0 ? e / n : V(0)};
 }
 
-// A piece of a row: max z, Σ exp(z - shift), Σ (z - shift) and the number of classes, where shift = origin(max).
+// A weight of exactly 0 switches its term off: 0·(-inf) must not be NaN.
+template <class V>
+LSK_INLINE V weighted(V weight, V x) {
+  return weight == 0 ? V(0) : weight * x;
+}
+
+// Σ v and Σ v·(z - shift) over the classes of a piece of a row.
+template <class V>
+struct Moments {
+  V mass, dev;
+};
+
+// A piece of a row, with shift = origin(max).
 template <class V>
 struct Stats {
-  V max, sum, dev, n;
+  V max, sum, spread;      // max z, Σ exp(z - shift), Σ exp(z - shift)·(z - shift)
+  Moments<V> rest, wt, t;  // of r, w·t and t
+  V cover;                 // Σ u·c
+  int64_t best;            // first class with z = max
 };
+
+template <class V>
+LSK_INLINE Stats<V> no_stats() {
+  return {-V(INFINITY), 0, 0, {0, 0}, {0, 0}, {0, 0}, 0, 0};
+}
 
 // A piece whose logits are all -inf is summed about 0: (-inf) - (-inf) would make a NaN of weights that are simply 0.
 template <class V>
@@ -46,23 +72,26 @@ LSK_INLINE V rescale(V sum, V max, V new_max) {
 }
 
 template <class V>
-LSK_INLINE Stats<V> merge(Stats<V> p, Stats<V> q) {
+LSK_INLINE Stats<V> merge(const Stats<V>& p, const Stats<V>& q) {
   const V max = p.max < q.max ? q.max : p.max;
-  const V shift = origin(max);
-  return {max, rescale(p.sum, p.max, max) + rescale(q.sum, q.max, max),
-          (p.dev + p.n * (origin(p.max) - shift)) + (q.dev + q.n * (origin(q.max) - shift)), p.n + q.n};
+  const V from_p = origin(p.max) - origin(max), from_q = origin(q.max) - origin(max);
+  const auto sum = [&](Moments<V> x, Moments<V> y) {
+    return Moments<V>{x.mass + y.mass, (x.dev + x.mass * from_p) + (y.dev + y.mass * from_q)};
+  };
+  return {max,
+          rescale(p.sum, p.max, max) + rescale(q.sum, q.max, max),
+          rescale(p.spread + p.sum * from_p, p.max, max) + rescale(q.spread + q.sum * from_q, q.max, max),
+          sum(p.rest, q.rest),
+          sum(p.wt, q.wt),
+          sum(p.t, q.t),
+          p.cover + q.cover,
+          p.max < q.max ? q.best : p.best};
 }
 
-// A weight of exactly 0 switches its term off: 0·(-inf) must not be NaN.
 template <class V>
-LSK_INLINE V weighted(V weight, V x) {
-  return weight == 0 ? V(0) : weight * x;
-}
-
-// zy = z_y - zmax, dev = Σ (z - zmax).
-template <class V>
-LSK_INLINE V row_loss(V logsum, Weights<V> w, V zy, V dev) {
-  return logsum - (weighted(w.a, zy) + weighted(w.b, dev));
+LSK_INLINE V row_loss(V mass, V logsum, Weights<V> w, const Stats<V>& s, V z_loss) {
+  const V lse = s.max + logsum;
+  return mass * logsum - (weighted(w.a, s.wt.dev) + weighted(w.b, s.rest.dev)) + z_loss * lse * lse;
 }
 
 // zmax and logsum stay two numbers: their sum would lose the digits of logsum where the logits are large.
@@ -71,9 +100,10 @@ LSK_INLINE V log_p(V z, V zmax, V logsum) {
   return (z - zmax) - logsum;
 }
 
+// mass is M + 2·z_loss·lse.
 template <class V>
-LSK_INLINE V dz(V p, V q) {
-  return p - q;
+LSK_INLINE V dz(V mass, V p, V q) {
+  return mass * p - q;
 }
 
 }  // namespace lsk

@@ -5,10 +5,12 @@ scale·loss once; the backward multiplies it by the upstream scalar on the devic
 not at all where that scalar is 1. Two units of traffic (a unit: one read or write of the N×K logits).
 
 *Recompute* (``reduction="none"``, whose upstream is a vector; fp16, where a loss scale must multiply before rounding;
-under torch.compile, where no in-place scaling is safe): the forward saves two numbers per row, the backward reads the
-logits again. Three units, nothing of N×K saved but the logits.
+gradients of more than the logits; torch.compile, where no in-place scaling is safe; torch.func and forward mode): the
+forward saves four numbers per row, the backward reads the logits again. Three units, nothing of N×K saved but the
+logits.
 
-Under ``create_graph=True`` both differentiate the reference instead, so the graph is never silently dropped.
+Second derivatives, and the tangents of forward mode, differentiate the closed form of the gradient that
+``reference.logit_gradient`` states. Under vmap the batch becomes more rows of one call.
 """
 
 from __future__ import annotations
@@ -22,46 +24,25 @@ from . import reference
 from .spec import Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .ops import Kernels
     from .spec import LossSpec
 
 
-def row_arguments(rows: Rows) -> tuple[Tensor, float, Tensor | None]:
-    """(target, eps, eps_rows) as the operators take them: ε of the uniform form, a float or a tensor."""
-    if not rows.spec.smooths:
-        return rows.target, 0.0, None
-    eps = reference.uniform_epsilon(rows.eps, rows.logits.shape[-1], rows.spec.smoothing)
-    return (rows.target, 0.0, eps) if isinstance(eps, Tensor) else (rows.target, float(eps), None)
+def row_arguments(rows: Rows, row_scale: Tensor | None) -> tuple[object, ...]:
+    """What an operator takes between its logits and what is its own."""
+    spec, eps = rows.spec, rows.eps if rows.spec.smooths else 0.0
+    number, vector = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
+    return (
+        rows.target, rows.weight, rows.prior, number, vector, row_scale, spec.ignore_index, spec.smoothing == "others",
+        spec.smooths and spec.smooth_over == "finite", spec.z_loss, spec.logit_scale, spec.softcap,
+    )  # fmt: skip
 
 
 def _refuse_overwritten(spec: LossSpec) -> None:
     if spec.inplace:
         raise RuntimeError("create_graph=True needs the logits, which inplace=True overwrites: use inplace=False")
-
-
-def _save(ctx: Any, rows: Rows, logits: Tensor | None, *saved: Tensor) -> None:
-    """Keep a call for the backward. Tensors that the caller holds too go where autograd watches their versions, and are
-    freed with the graph."""
-    ctx.spec, ctx.eps = rows.spec, rows.eps
-    if isinstance(rows.eps, Tensor):
-        ctx.eps = None
-        saved += (rows.eps,)
-    ctx.save_for_backward(logits, rows.target, *saved)
-
-
-def _saved(ctx: Any) -> tuple[Rows, tuple[Tensor, ...]]:
-    """The rows (without row weights, which both forms apply outside) and the other tensors of :func:`_save`."""
-    logits, target, *saved = ctx.saved_tensors
-    eps = saved.pop() if ctx.eps is None else ctx.eps
-    return Rows(ctx.spec, logits, target, eps, None), tuple(saved)
-
-
-def _differentiable_gradient(rows: Rows, upstream: Tensor) -> Tensor:
-    """The gradient of Σ upstream·loss with a graph of its own, through the reference."""
-    with torch.enable_grad():
-        loss = reference.row_losses(rows)
-        (grad,) = torch.autograd.grad(loss, rows.logits, upstream.expand_as(loss), create_graph=True)
-    return grad
 
 
 def _graph_is_kept() -> bool:
@@ -78,27 +59,34 @@ def _scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | No
     return inverse if row_weight is None else row_weight * inverse
 
 
+LOGITS, TARGET = 0, 1
+"""Whose gradient :class:`Gradient` is: the positions of the two among the tensors of a row function."""
+
+
 class OnePass(torch.autograd.Function):
-    """(Σ row_weight·loss / denominator, zmax, logsum, nll, prediction), the gradient made in the forward."""
+    """(Σ row_weight·loss / denominator, saved, stats, prediction), the gradient made in the forward."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, rows: Rows, kernels: Kernels, denominator: Tensor | None
     ) -> tuple[Tensor, ...]:
         spec, scale = rows.spec, _scale(rows.row_weight, denominator)
-        row = (*row_arguments(rows), scale, spec.ignore_index)
+        call = row_arguments(rows, scale)
         if spec.inplace:
-            loss, *stats = kernels.forward_(logits, *row, spec.return_stats)
+            loss, saved, *stats = kernels.forward_(logits, *call, spec.n_stats)
             torch.autograd.graph.increment_version(logits)
             ctx.grad = logits.detach()
         else:
-            loss, *stats, ctx.grad = kernels.forward(logits, *row, True, spec.return_stats)
-        _save(ctx, rows, None if spec.inplace else logits)
+            loss, saved, *stats, ctx.grad = kernels.forward(logits, *call, True, spec.n_stats)
+        # Tensors that the caller holds too go where autograd watches their versions, and are freed with the graph.
+        eps = rows.eps if isinstance(rows.eps, Tensor) else None
+        ctx.save_for_backward(None if spec.inplace else logits, rows.target, rows.weight, rows.prior, eps, saved)
+        ctx.spec, ctx.eps = spec, None if eps is not None else rows.eps
         ctx.version, ctx.scale, ctx.kernels = ctx.grad._version, scale, kernels
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*stats)
+        ctx.mark_non_differentiable(saved, *stats)
         total = loss.sum() if rows.row_weight is None else (loss * rows.row_weight).sum()
-        return (total if denominator is None else total / denominator), *stats
+        return (total if denominator is None else total / denominator), saved, *stats
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
@@ -106,8 +94,10 @@ class OnePass(torch.autograd.Function):
             return None, None, None, None
         if torch.is_grad_enabled():
             _refuse_overwritten(ctx.spec)
-            scaled = upstream if ctx.scale is None else upstream * ctx.scale
-            return _differentiable_gradient(_saved(ctx)[0], scaled), None, None, None
+            tensors, n = ctx.saved_tensors, ctx.saved_tensors[-1].shape[1]
+            scaled = (upstream if ctx.scale is None else upstream * ctx.scale).expand(n)
+            grad = Gradient.apply(*tensors, scaled, ctx.eps, ctx.spec, ctx.kernels, LOGITS)  # type: ignore[no-untyped-call]
+            return grad, None, None, None
         if ctx.grad is None:
             raise RuntimeError("backward through this loss a second time: pass retain_graph=True to the first backward")
         if ctx.grad._version != ctx.version:
@@ -119,31 +109,219 @@ class OnePass(torch.autograd.Function):
         return grad, None, None, None
 
 
-class Recompute(torch.autograd.Function):
-    """(loss, zmax, logsum, nll, prediction) per row, the gradient made in the backward."""
+def _row_losses(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    eps: Tensor | None,
+    number: float,
+    spec: LossSpec,
+    kernels: Kernels,
+) -> tuple[Tensor, ...]:
+    rows = Rows(spec, logits, target, weight, prior, number if eps is None else eps, None)
+    *results, _ = kernels.forward(logits, *row_arguments(rows, None), False, spec.n_stats)
+    return tuple(results)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.number, ctx.spec, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+class RowLoss(torch.autograd.Function):
+    """(loss, saved, stats, prediction) per row, the gradient made in the backward. ``eps`` is a tensor, or None where
+    it is the ``number``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, kernels: Kernels) -> tuple[Tensor, ...]:
-        row = (*row_arguments(rows), None, rows.spec.ignore_index)
-        loss, zmax, logsum, *stats, _ = kernels.forward(logits, *row, False, rows.spec.return_stats)
-        _save(ctx, rows, logits, zmax, logsum)
-        ctx.kernels = kernels
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(zmax, logsum, *stats)
-        return loss, zmax, logsum, *stats
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _row_losses(*inputs)
+        _remember(ctx, inputs, output)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return None, None, None
-        rows, (zmax, logsum) = _saved(ctx)
-        logits, spec = rows.logits, rows.spec
+            return (None,) * 8
+        spec, tensors, kernels = ctx.spec, ctx.saved_tensors, ctx.kernels
         if torch.is_grad_enabled():
             _refuse_overwritten(spec)
-            return _differentiable_gradient(rows, upstream), None, None
-        row = (*row_arguments(rows), upstream.contiguous(), spec.ignore_index)
+            shared = (*tensors, upstream, ctx.number, spec, kernels)
+            grads = (Gradient.apply(*shared, of) if ctx.needs_input_grad[of] else None for of in (LOGITS, TARGET))  # type: ignore[no-untyped-call]
+            return *grads, *(None,) * 6
+        logits, *given, saved = tensors
+        target, weight, prior, eps = given
+        rows = Rows(spec, logits, target, weight, prior, ctx.number if eps is None else eps, None)
+        call = (logits, *row_arguments(rows, upstream.contiguous()), saved)
+        target_grad = kernels.target_grad(*call) if ctx.needs_input_grad[TARGET] else None
+        if not ctx.needs_input_grad[LOGITS]:
+            return None, target_grad, *(None,) * 6
         if not spec.inplace or _graph_is_kept():
-            return ctx.kernels.backward(logits, *row, zmax, logsum), None, None
-        ctx.kernels.backward_(logits, *row, zmax, logsum)
+            return kernels.backward(*call), target_grad, *(None,) * 6
+        kernels.backward_(*call)
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), None, None
+        return logits.detach(), target_grad, *(None,) * 6
+
+
+class TransformableRowLoss(RowLoss):
+    """:class:`RowLoss` with what torch.func and forward mode ask for. Apart from it, because torch.compile refuses to
+    see a jvp, and a separate ``setup_context`` makes every call 60 µs slower."""
+
+    forward = staticmethod(_row_losses)  # type: ignore[assignment]  # new style: without the context
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _remember(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5], output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_tangents_of_options(tangents[2:5])
+        tensors = ctx.saved_tensors
+        loss_tangent = None
+        for of in (LOGITS, TARGET):
+            if tangents[of] is None:
+                continue
+            n = tensors[-1].shape[-1]
+            ones = tensors[-1].new_ones(n)
+            grad = Gradient.apply(*tensors, ones, ctx.number, ctx.spec, ctx.kernels, of)  # type: ignore[no-untyped-call]
+            along = (grad.to(ones.dtype) * tangents[of]).sum(-1).reshape(n)
+            loss_tangent = along if loss_tangent is None else loss_tangent + along
+        return loss_tangent, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        if in_dims[2] is not None or in_dims[3] is not None:
+            return _one_by_one(TransformableRowLoss, size, in_dims, inputs), (0, 0, 0, 0)
+        results = TransformableRowLoss.apply(*_folded(size, in_dims, inputs[:5]), *inputs[5:])  # type: ignore[no-untyped-call]
+        loss, saved, stats, prediction = (r.reshape(*r.shape[:-1], size, r.shape[-1] // size) for r in results)
+        return (loss, saved, stats, prediction), (0, 1, 1, 0)
+
+
+class Gradient(torch.autograd.Function):
+    """The gradient of Σ upstream·loss in the logits or in class probabilities, by a kernel; its own derivatives are
+    those of the closed form in ``reference``. The first five tensors are those of :class:`RowLoss`."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        prior: Tensor | None,
+        eps: Tensor | None,
+        saved: Tensor,
+        upstream: Tensor,
+        number: float,
+        spec: LossSpec,
+        kernels: Kernels,
+        of: int,
+    ) -> Tensor:
+        rows = Rows(spec, logits, target, weight, prior, number if eps is None else eps, None)
+        operator = kernels.backward if of == LOGITS else kernels.target_grad
+        return operator(logits, *row_arguments(rows, upstream.contiguous()), saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.number, ctx.spec, _, ctx.of = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _closed_form(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """The same as a function of (upstream, logits, probabilities) in plain PyTorch, and where it is evaluated."""
+        logits, target, weight, prior, eps, _, upstream = ctx.saved_tensors
+        closed = reference.logit_gradient if ctx.of == LOGITS else reference.target_gradient
+
+        def gradient(upstream: Tensor, logits: Tensor, target: Tensor = target) -> Tensor:
+            rows = Rows(ctx.spec, logits, target, weight, prior, ctx.number if eps is None else eps, None)
+            return closed(rows, upstream)
+
+        return gradient, (upstream, logits, target) if target.is_floating_point() else (upstream, logits)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 11
+        gradient, at = Gradient._closed_form(ctx)
+        pull = torch.func.vjp(gradient, *at)[1]
+        upstream_grad, logits_grad, *target_grad = pull(upstream)
+        return (
+            logits_grad, target_grad[0] if target_grad else None, None, None, None, None, upstream_grad, *(None,) * 4
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        _refuse_tangents_of_options(tangents[2:5])
+        gradient, at = Gradient._closed_form(ctx)
+        along = (tangents[6], *tangents[:2])[: len(at)]
+        given = tuple(torch.zeros_like(a) if t is None else t for a, t in zip(at, along, strict=True))
+        # J·t as the transpose of u -> Jᵀ·u: levels of forward mode do not nest outside torch.func, those of vjp do.
+        pull = torch.func.vjp(gradient, *at)[1]
+        push = torch.func.vjp(pull, torch.zeros_like(at[1] if ctx.of == LOGITS else at[2]))[1]
+        (tangent,) = push(given)
+        return tangent  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        size, of = info.batch_size, inputs[-1]
+        if in_dims[2] is not None or in_dims[3] is not None:
+            (grads,) = _one_by_one(Gradient, size, in_dims, inputs)
+            return grads, 0
+        grad = Gradient.apply(*_folded(size, in_dims, inputs[:7]), *inputs[7:])  # type: ignore[no-untyped-call]
+        batched = inputs[of].dim() + (in_dims[of] is None)
+        return (grad.unflatten(0, (size, -1)) if batched > grad.dim() else grad), 0
+
+
+# ---- a batch of calls (vmap) and tangents
+
+
+def _refuse_tangents_of_options(tangents: tuple[Tensor | None, ...]) -> None:
+    if any(tangent is not None for tangent in tangents):
+        raise NotImplementedError(
+            "forward-mode derivatives in weight, label_smoothing or smoothing need backend='reference'"
+        )
+
+
+def _folded(size: int, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The tensors of one call with ``size`` times the rows: (logits, target, weight, prior, eps[, saved, upstream]),
+    those that are not batched repeated, without a copy where strides allow."""
+
+    def batch_first(i: int) -> Tensor | None:
+        tensor, dim = tensors[i], in_dims[i]
+        if tensor is None:
+            return None
+        return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    def classes_last(batched: Tensor) -> Tensor:
+        return batched.flatten(0, 1) if batched.dim() > 3 else batched
+
+    logits, target, _, _, eps, *more = [batch_first(i) for i in range(len(tensors))]
+    assert logits is not None
+    assert target is not None
+    logits = classes_last(logits)
+    n = logits.shape[:-1].numel() // size
+    target = classes_last(target) if target.is_floating_point() else target.reshape(-1)
+    if eps is not None:
+        eps = eps.expand(size, n).reshape(-1)
+    folded = [logits, target, tensors[2], tensors[3], eps]
+    for tensor in more:  # saved (4, N), then upstream (N,)
+        assert tensor is not None
+        folded.append(tensor.movedim(0, -2).flatten(-2))
+    return folded
+
+
+def _one_by_one(function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Batched class vectors make no common call: each of the batch on its own, results stacked."""
+    results = []
+    for i in range(size):
+        chosen = (
+            value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+            for value, dim in zip(inputs, in_dims, strict=True)
+        )
+        result = function.apply(*chosen)
+        results.append(result if isinstance(result, tuple) else (result,))
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))

@@ -20,7 +20,12 @@ from .spec import FLOAT_DTYPES, ArgumentError, Rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CORE = frozenset({"index target"})
+EVERY_OPTION = frozenset(
+    {
+        "index target", "probability target", "weight", "smoothing prior", "smooth_over='finite'", "z_loss",
+        "logit_scale", "softcap",
+    }
+)  # fmt: skip
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
 
 
@@ -119,9 +124,17 @@ _HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cpu", "C++ kernels, SIMD and threads", ("cpu",), FLOAT_DTYPES, CORE, _load_cpu, ops.define("cpu")),
         Backend(
-            "triton", "Triton kernels", _triton_devices(), _HALF_AND_SINGLE, CORE, _load_triton, ops.define("triton")
+            "cpu", "C++ kernels, SIMD and threads", ("cpu",), FLOAT_DTYPES, EVERY_OPTION, _load_cpu, ops.define("cpu")
+        ),
+        Backend(
+            "triton",
+            "Triton kernels",
+            _triton_devices(),
+            _HALF_AND_SINGLE,
+            EVERY_OPTION,
+            _load_triton,
+            ops.define("triton"),
         ),
         Backend(
             "reference", "plain PyTorch", ("cpu", "cuda", "mps", "xpu", "meta"), FLOAT_DTYPES, None, lambda: None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal, overload
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .autograd import OnePass, Recompute, row_arguments
+from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
-from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype
+from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, traced, transformed
 
 CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
 """The environment variable that makes an out-of-range target raise on a GPU too; looking synchronises."""
@@ -19,7 +20,12 @@ CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
 
 @overload
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, *, return_stats: Literal[True], **options: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    return_stats: Literal[True, "entropy"],
+    **options: Any,
 ) -> tuple[Tensor, RowStats]: ...
 @overload
 def cross_entropy(
@@ -42,7 +48,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy with label smoothing, loss and gradient in one pass over the logits.
@@ -71,7 +77,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
             never synced.
         inplace: let the gradient overwrite ``input`` (or the copy that its layout needs); misuse is noticed and raises.
         return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
-            target.
+            target; ``"entropy"`` adds the entropy of p.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
 
     Returns:
@@ -83,7 +89,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
             are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
 
-    Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 two
+    Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 four
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
     al. 2019.
     """
@@ -116,7 +122,11 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
     reduced, stats = _by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)
     if spec.reduction == "none":
         reduced = reduced.reshape(shape)
-    return (reduced, RowStats(*(value.reshape(shape) for value in stats))) if stats is not None else reduced
+    if stats is None:
+        return reduced
+    nll, lse, confidence, prediction = (value.reshape(shape) for value in stats[:4])
+    entropy = None if stats.entropy is None else stats.entropy.reshape(shape)
+    return reduced, RowStats(nll, lse, confidence, prediction, entropy)
 
 
 # ---- the gate
@@ -124,26 +134,64 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
 
 def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
     """Check the tensors against each other; returns the call as rows, and the shape of one value per row."""
-    class_dim = _class_dim(input, target, spec)
-    class_last = input.movedim(class_dim, -1)
-    shape, num_classes = class_last.shape[:-1], class_last.shape[-1]
-    row_target = _row_target(input, target, class_dim, shape)
-    if row_target.is_floating_point() and spec.ignore_index >= 0:
+    class_dim = _class_dim(input, target, spec) % input.dim()
+    shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
+    _check_target(input, target, shape)
+    probabilities = target.is_floating_point()
+    if probabilities and spec.ignore_index >= 0:
         raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
-    logits = class_last.reshape(shape.numel(), num_classes)
-    overlapping = spec.inplace and logits.shape[0] > 1 and logits.stride(0) < num_classes
-    if overlapping or (num_classes > 1 and logits.stride(-1) != 1):
+    flat = class_dim == input.dim() - 1 and input.is_contiguous() and (not probabilities or target.is_contiguous())
+    logits = _classes_last(input, class_dim, flat)
+    if spec.inplace and _overlaps(logits):
         logits = logits.contiguous()
-    _check_class_vectors(spec, logits)
+    row_target = (
+        _classes_last(target, class_dim, flat) if probabilities else target.reshape(-1).to(torch.int64).contiguous()
+    )
+    weight, prior = _class_vector("weight", spec.weight, logits), None
+    if isinstance(spec.smoothing, Tensor):
+        prior = _class_vector("smoothing", spec.smoothing, logits)
+    if spec.smoothing == "others" and num_classes == 1 and spec.smooths:
+        raise ArgumentError(
+            "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
+        )
     eps = spec.label_smoothing
     if isinstance(eps, Tensor):
         eps = _per_row("label_smoothing", eps, shape, logits)
+    elif torch.compiler.is_compiling() and spec.smooths:  # as a tensor a changing number stays out of the graph
+        eps = _scalar(eps, logits).reshape(1)
     row_weight = None
     if spec.row_weight is not None:
-        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(shape.numel())
-        if not row_target.is_floating_point():  # an ignored row counts for nothing, whatever its weight is
+        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(n)
+        if not probabilities:  # an ignored row counts for nothing, whatever its weight is
             row_weight = torch.where(row_target == spec.ignore_index, 0.0, row_weight)
-    return Rows(spec, logits, row_target, eps, row_weight), shape
+    return Rows(spec, logits, row_target, weight, prior if spec.smooths else None, eps, row_weight), shape
+
+
+def _classes_last(tensor: Tensor, class_dim: int, flat: bool) -> Tensor:
+    """(N, K) if ``flat`` or there is one row dimension, else (A, B, K): the row dimensions before the classes merged,
+    and those behind them; where no class is in between, the last row dimension stays apart. A view unless strides
+    forbid to merge, and then one copy."""
+    if tensor.dim() == 1:
+        return tensor.unsqueeze(0)
+    if flat:
+        return tensor.flatten(0, -2)
+    if class_dim == tensor.dim() - 1:
+        return tensor.flatten(0, -3) if tensor.dim() > 3 else tensor
+    behind = tensor.flatten(class_dim + 1)
+    if class_dim == 0:
+        return behind.transpose(0, 1)
+    return behind.flatten(0, class_dim - 1).transpose(1, 2)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory, such as those of an expanded row."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
@@ -169,14 +217,14 @@ def _check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
         raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
 
 
-def _row_target(input: Tensor, target: Tensor, class_dim: int, shape: torch.Size) -> Tensor:
-    """The target as (N,) contiguous int64 indices or (N, K) probabilities."""
+def _check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
+    """Class indices of ``shape``, or class probabilities of the shape of input."""
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise ArgumentError(
                 f"target of the shape of input holds class probabilities and must be floating point, got {target.dtype}"
             )
-        return target.movedim(class_dim, -1).reshape(shape.numel(), input.shape[class_dim])
+        return
     if target.dtype not in INDEX_DTYPES:
         raise ArgumentError(f"target of class indices must have one of the dtypes {INDEX_DTYPES}, got {target.dtype}")
     if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
@@ -184,23 +232,17 @@ def _row_target(input: Tensor, target: Tensor, class_dim: int, shape: torch.Size
         raise ArgumentError(
             f"target must have shape {tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}{hint}"
         )
-    return target.reshape(-1).to(torch.int64).contiguous()
 
 
-def _check_class_vectors(spec: LossSpec, logits: Tensor) -> None:
+def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A tensor option of one value per class, in the dtype of the arithmetic."""
+    if vector is None:
+        return None
     num_classes = logits.shape[-1]
-    for name, vector in (("weight", spec.weight), ("smoothing", spec.smoothing)):
-        if not isinstance(vector, Tensor):
-            continue
-        if vector.shape != (num_classes,):
-            raise ArgumentError(
-                f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}"
-            )
-        _check_same_device(name, vector, logits)
-    if spec.smoothing == "others" and num_classes == 1 and spec.smooths:
-        raise ArgumentError(
-            "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
-        )
+    if vector.shape != (num_classes,):
+        raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
+    _check_same_device(name, vector, logits)
+    return vector.to(accumulate_dtype(logits.dtype)).contiguous()
 
 
 def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
@@ -215,9 +257,17 @@ def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Te
     return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
 
 
+def _scalar(value: float, logits: Tensor) -> Tensor:
+    """A number as a tensor in the dtype of the arithmetic."""
+    acc = accumulate_dtype(logits.dtype)
+    if torch.compiler.is_compiling():  # of all ways only a product keeps a number out of the graph
+        return (torch.ones((), dtype=torch.float64, device=logits.device) * value).to(acc)
+    return torch.full((), value, dtype=acc, device=logits.device)
+
+
 def check_targets(rows: Rows) -> None:
     """Raise IndexError for the first target that is neither a class nor ignore_index (synchronises with a GPU)."""
-    if not rows.index_target or torch.compiler.is_compiling():
+    if not rows.index_target or traced():
         return
     target, num_classes, ignored = rows.target, rows.logits.shape[-1], rows.spec.ignore_index
     bad = (target != ignored) & ((target < 0) | (target >= num_classes))
@@ -238,10 +288,9 @@ def _denominator(rows: Rows) -> Tensor | None:
         return None
     if spec.normalizer is None:
         return reference.normalizer(rows)
-    acc = accumulate_dtype(rows.logits.dtype)
     if isinstance(spec.normalizer, Tensor):
-        return spec.normalizer.reshape(()).to(rows.logits.device, acc)
-    return torch.full((), spec.normalizer, dtype=acc, device=rows.logits.device)
+        return spec.normalizer.reshape(()).to(rows.logits.device, accumulate_dtype(rows.logits.dtype))
+    return _scalar(spec.normalizer, rows.logits)
 
 
 def _reduce(loss: Tensor, rows: Rows) -> Tensor:
@@ -260,16 +309,25 @@ def _by_reference(rows: Rows) -> tuple[Tensor, RowStats | None]:
 
 def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | None]:
     spec, logits = rows.spec, rows.logits
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        row = (*row_arguments(rows), None, spec.ignore_index)
-        loss, *stats, _ = kernels.forward(logits, *row, False, spec.return_stats)
+    plain = not (torch.compiler.is_compiling() or transformed())
+    grad_of_logits = torch.is_grad_enabled() and logits.requires_grad
+    others = (rows.target, rows.row_weight, spec.normalizer)
+    grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
+    one_pass = spec.reduction != "none" and logits.dtype != torch.float16 and not grad_of_others
+    if plain and not grad_of_logits and not grad_of_others:
+        loss, saved, *stats, _ = kernels.forward(logits, *row_arguments(rows, None), False, spec.n_stats)
         reduced = _reduce(loss, rows)
-    elif spec.reduction == "none" or logits.dtype == torch.float16 or torch.compiler.is_compiling():
-        loss, *stats = Recompute.apply(logits, rows, kernels)  # type: ignore[no-untyped-call]
-        reduced = _reduce(loss, rows)
+    elif plain and one_pass:
+        reduced, saved, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))  # type: ignore[no-untyped-call]
     else:
-        reduced, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))  # type: ignore[no-untyped-call]
-    if not spec.return_stats:
-        return reduced, None
-    zmax, logsum, nll, prediction = stats
-    return reduced, RowStats(nll, zmax + logsum, (-logsum).exp(), prediction)
+        number, eps = (0.0, rows.eps) if isinstance(rows.eps, Tensor) else (rows.eps, None)
+        tensors = (logits, rows.target, rows.weight, rows.prior, eps)
+        form = TransformableRowLoss if transformed() else RowLoss
+        loss, saved, *stats = form.apply(*tensors, number, spec, kernels)  # type: ignore[no-untyped-call]
+        reduced = _reduce(loss, rows)
+    return reduced, _row_stats(saved, *stats) if spec.return_stats else None
+
+
+def _row_stats(saved: Tensor, stats: Tensor, prediction: Tensor) -> RowStats:
+    zmax, logsum = saved[:2]
+    return RowStats(stats[0], zmax + logsum, (-logsum).exp(), prediction, stats[1] if len(stats) > 1 else None)

@@ -1,30 +1,46 @@
 """The row operators that every kernel backend implements, as torch.library ops: one schema and one fake for all.
 
-An op sees logits (N, K) with unit class stride, any row stride and alignment, in fp16, bf16, fp32 or fp64; ``target``
-(N,), contiguous int64; and a row's target weights as q = (1 - eps)·[k = y] + eps/K, eps being the float or, where
-given, the tensor ``eps_rows`` of 1 or N values (conventions are resolved before). float32 is the arithmetic and the
-dtype of every per-row result, float64 for float64 logits ("acc"). Ops return rows; reductions and normalisers are
-Python.
+An op sees logits (..., K) of 2 or 3 dimensions in fp16, bf16, fp32 or fp64, with any strides; its rows, N of them, are
+numbered as ``logits.flatten(0, -2)`` numbers them. float32 is the arithmetic and the dtype of every per-row result,
+float64 for float64 logits ("acc"). With z = cap(logit_scale·x), cap(v) = softcap·tanh(v/softcap) or the identity where
+softcap is None, and cap(-inf) = -inf, the target weights of a row are
 
-``forward`` returns, per row, with z = logits:
+    q_k = w_k·((1 - e)·t_k + (e/n)·u_k·c_k)
 
-    loss = logsum - Σ q·(z - zmax)      zmax = max z      logsum = log Σ exp(z - zmax)      (lse = zmax + logsum)
+    t   one-hot of ``target`` (N,), contiguous int64; or ``target`` itself: of the shape of logits, any strides and any
+        floating dtype
+    w   ``weight`` (K,), u ``prior`` (K,): contiguous acc tensors, None for ones
+    c   with ``finite`` [z_k > -inf], else 1
+    n   K; with ``prior`` 1; with ``finite`` Σ u_k·c_k, and where that is 0 so is e/n
+    e   ε = ``eps``, or where given ``eps_rows``, a contiguous acc tensor of 1 or N values; with ``others``, which never
+        meets a prior, ε·n/(n - 1), and 0 where n <= 1
 
-and, with ``with_grad``, grad = row_scale·(p - q) in the logits' dtype, p = exp((z - zmax) - logsum), rounded once; with
-``with_stats`` also nll = logsum - (z_y - zmax) and prediction = argmax z (the lowest index among equals). What was not
-asked for comes back with no elements. ``row_scale`` is None (= 1) or an acc tensor of 1 or N factors. ``backward``
-makes the same gradient from the saved (zmax, logsum). The ``_`` forms write the gradient over the logits; ``scale_``
-multiplies a gradient by a one-element acc tensor and does nothing where that is 1.
+A term whose weight is exactly 0 is 0 even at z = -inf. With M = Σ q, zmax = max z, logsum = log Σ exp(z - zmax) and
+lse = zmax + logsum,
 
-A row with target == ignore_index has loss = nll = 0 and a gradient of exact zeros whatever its logits hold; they are
-read only for the other statistics of ``with_stats``, and zmax = logsum = 0 without it. Another target
-outside [0, K) raises IndexError on the CPU before anything is written, and makes its row NaN on a GPU; nothing is ever
-read or written outside the tensors. A row with a NaN has a NaN loss and gradient; its zmax and prediction are
-unspecified.
+    loss = M·logsum - Σ q·(z - zmax) + z_loss·lse²
+    grad = row_scale·logit_scale·cap'·((M + 2·z_loss·lse)·p - q)        p = exp((z - zmax) - logsum)
+
+rounded once, in the logits' dtype, shape and, where they are dense, strides (``empty_like``). ``row_scale`` is None
+(= 1) or a contiguous acc tensor of 1 or N factors. M is exactly 1 for an index target without weight and prior.
+
+``forward`` returns (loss, saved, stats, prediction, grad): ``saved`` (4, N) is (zmax, logsum, M, n); ``stats``
+(n_stats, N) is (nll, entropy) cut to its first n_stats rows, nll = -Σ t·log p without weights and smoothing, entropy =
+-Σ p·log p; ``prediction`` (N,) int64 comes with n_stats > 0 and is argmax z (the lowest index among equals). What was
+not asked for has no elements. ``backward`` makes grad from ``saved``; ``target_grad`` the gradient of Σ row_scale·loss
+in a floating-point target, row_scale·(1 - e)·w_k·(logsum - (z_k - zmax)), in the target's dtype (z_k - zmax counting as
+0 where q_k = 0 and z_k = -inf). The ``_`` forms write the gradient over the logits. ``scale_`` multiplies a gradient by
+a one-element acc tensor and does nothing where that is 1.
+
+A row whose index target is ignore_index has loss = nll = 0 and a gradient of exact zeros whatever its logits hold; they
+are read only for the other statistics, and without those saved is 0. Another target outside [0, K) raises
+IndexError on the CPU before anything is written, and makes its row NaN on a GPU; nothing is ever read or written
+outside the tensors. A row with a NaN has a NaN loss and gradient; its zmax and prediction are unspecified.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,15 +50,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NAMESPACE = "labelsmooth_kernels"
-_ROW = "Tensor target, float eps, Tensor? eps_rows, Tensor? row_scale, int ignore_index"
-_SAVED = "Tensor zmax, Tensor logsum"
+_ROW = (
+    "Tensor target, Tensor? weight, Tensor? prior, float eps, Tensor? eps_rows, Tensor? row_scale, int ignore_index, "
+    "bool others, bool finite, float z_loss, float logit_scale, float? softcap"
+)
 SCHEMAS = {
-    "forward": f"(Tensor logits, {_ROW}, bool with_grad, bool with_stats) -> "
-    "(Tensor loss, Tensor zmax, Tensor logsum, Tensor nll, Tensor prediction, Tensor grad)",
-    "forward_": f"(Tensor(a!) logits, {_ROW}, bool with_stats) -> "
-    "(Tensor loss, Tensor zmax, Tensor logsum, Tensor nll, Tensor prediction)",
-    "backward": f"(Tensor logits, {_ROW}, {_SAVED}) -> Tensor grad",
-    "backward_": f"(Tensor(a!) logits, {_ROW}, {_SAVED}) -> ()",
+    "forward": f"(Tensor logits, {_ROW}, bool with_grad, int n_stats) -> "
+    "(Tensor loss, Tensor saved, Tensor stats, Tensor prediction, Tensor grad)",
+    "forward_": f"(Tensor(a!) logits, {_ROW}, int n_stats) -> "
+    "(Tensor loss, Tensor saved, Tensor stats, Tensor prediction)",
+    "backward": f"(Tensor logits, {_ROW}, Tensor saved) -> Tensor grad",
+    "backward_": f"(Tensor(a!) logits, {_ROW}, Tensor saved) -> ()",
+    "target_grad": f"(Tensor logits, {_ROW}, Tensor saved) -> Tensor grad",
     "scale_": "(Tensor(a!) grad, Tensor scale) -> ()",
 }
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -51,44 +70,40 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 class Kernels(NamedTuple):
     """The overloads of one backend, resolved once."""
 
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
-    forward_: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    forward_: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     backward: Callable[..., Tensor]
     backward_: Callable[..., None]
+    target_grad: Callable[..., Tensor]
     scale_: Callable[..., None]
 
 
-def _row_fakes(logits: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = logits.shape[0]
+def _row_fakes(logits: Tensor, n_stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = math.prod(logits.shape[:-1])  # Size.numel would make a symbolic size a constant
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss, zmax, logsum = (logits.new_empty(n, dtype=acc) for _ in range(3))
-    stats = n if with_stats else 0
-    return loss, zmax, logsum, logits.new_empty(stats, dtype=acc), logits.new_empty(stats, dtype=torch.int64)
+    loss, saved, stats = (logits.new_empty(shape, dtype=acc) for shape in ((n,), (4, n), (n_stats, n)))
+    return loss, saved, stats, logits.new_empty(n if n_stats else 0, dtype=torch.int64)
 
 
-def _fake_forward(
-    logits: Tensor,
-    target: Tensor,
-    eps: float,
-    eps_rows: Tensor | None,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, ...]:
-    grad = torch.empty(logits.shape if with_grad else (0,), dtype=logits.dtype, device=logits.device)
-    return *_row_fakes(logits, with_stats), grad
+def _fake_forward(logits: Tensor, *call: object) -> tuple[Tensor, ...]:
+    *_, with_grad, n_stats = call
+    grad = torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    return *_row_fakes(logits, int(n_stats)), grad  # type: ignore[call-overload]
 
 
-def _fake_forward_(logits: Tensor, *row: object, with_stats: bool | None = None) -> tuple[Tensor, ...]:
-    return _row_fakes(logits, bool(row[-1] if with_stats is None else with_stats))
+def _fake_forward_(logits: Tensor, *call: object) -> tuple[Tensor, ...]:
+    return _row_fakes(logits, int(call[-1]))  # type: ignore[call-overload]
 
 
-def _fake_backward(logits: Tensor, *saved: object) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+def _fake_backward(logits: Tensor, *call: object) -> Tensor:
+    return torch.empty_like(logits)
 
 
-def _fake_nothing(tensor: Tensor, *rest: object) -> None:
+def _fake_target_grad(logits: Tensor, target: Tensor, *call: object) -> Tensor:
+    return torch.empty_like(target)
+
+
+def _fake_nothing(tensor: Tensor, *call: object) -> None:
     return None
 
 
@@ -97,6 +112,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "forward_": _fake_forward_,
     "backward": _fake_backward,
     "backward_": _fake_nothing,
+    "target_grad": _fake_target_grad,
     "scale_": _fake_nothing,
 }
 

@@ -53,6 +53,8 @@ class RowStats(NamedTuple):
     """max p"""
     prediction: Tensor
     """argmax z, int64"""
+    entropy: Tensor | None = None
+    """-Σ p·log p, with ``return_stats="entropy"``"""
 
 
 def weights(e: float | Tensor, K: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -121,16 +123,23 @@ def transform(logits: Tensor, spec: LossSpec) -> Tensor:
     return z
 
 
-def smoothing_distribution(z: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor | int]:
+def slope(z: Tensor, spec: LossSpec) -> Tensor | float:
+    """dz/dx = s·cap'(s·x) in terms of z = cap(s·x): tanh' = 1 - tanh²."""
+    if spec.softcap is None:
+        return spec.logit_scale
+    return spec.logit_scale * torch.where(z == -math.inf, 1.0, 1 - (z / spec.softcap).square())
+
+
+def smoothing_distribution(z: Tensor, rows: Rows) -> tuple[Tensor, Tensor | int]:
     """(r, n): what ε is spread over, (K,) or (N, K) summing to 1, and the number of classes it covers."""
     K = z.shape[-1]
-    prior = spec.smoothing.to(z) if isinstance(spec.smoothing, Tensor) else z.new_ones(K)
-    if spec.smooth_over == "finite":
+    prior = z.new_ones(K) if rows.prior is None else rows.prior
+    if rows.spec.smooth_over == "finite":
         finite = z.detach() > -math.inf
         r = torch.where(finite, prior, 0.0)
         n = finite.sum(-1, keepdim=True).to(z.dtype)
         return r / r.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny), n
-    return (prior if isinstance(spec.smoothing, Tensor) else prior / K), K
+    return (prior / K if rows.prior is None else prior), K
 
 
 def unsmoothed_targets(rows: Rows, z: Tensor) -> Tensor:
@@ -144,49 +153,90 @@ def unsmoothed_targets(rows: Rows, z: Tensor) -> Tensor:
     return torch.where((inside | ~rows.valid)[:, None], hot, math.nan)
 
 
+def smoothing_weight(rows: Rows, n: Tensor | int) -> Tensor | float:
+    """e of the uniform form, (N, 1) or a number, where ε is spread over n classes."""
+    spec = rows.spec
+    eps = rows.eps.reshape(-1, 1) if isinstance(rows.eps, Tensor) else rows.eps
+    e = uniform_epsilon(eps, n, spec.smoothing)
+    if isinstance(n, Tensor) and isinstance(e, Tensor) and spec.smoothing == "others":
+        return torch.where(n > 1, e, 0.0)  # a row with one finite class has no others to smooth over
+    return e
+
+
 def target_weights(rows: Rows, z: Tensor, unsmoothed: Tensor) -> Tensor:
     """q (N, K) by the table of this module."""
-    spec, eps = rows.spec, rows.eps
-    if spec.smooths:
-        if isinstance(eps, Tensor):
-            eps = eps.reshape(-1, 1)
-        r, n = smoothing_distribution(z, spec)
-        e = uniform_epsilon(eps, n, spec.smoothing)
-        if isinstance(n, Tensor) and isinstance(e, Tensor):  # a row with one finite class has no others to smooth over
-            e = torch.where(n > 1, e, 0.0) if spec.smoothing == "others" else e
-        q = (1 - e) * unsmoothed + e * r
-    else:
-        q = unsmoothed
-    return q if spec.weight is None else q * spec.weight.to(q.dtype)
+    q = unsmoothed
+    if rows.spec.smooths:
+        r, n = smoothing_distribution(z, rows)
+        e = smoothing_weight(rows, n)
+        q = (1 - e) * q + e * r
+    return q if rows.weight is None else q * rows.weight
+
+
+def _valid_logits(rows: Rows) -> Tensor:
+    """Logits with the ignored rows masked, before any function whose derivative at NaN or inf could get through."""
+    return torch.where(rows.valid[:, None], rows.logits, 0.0) if rows.index_target else rows.logits
 
 
 def row_losses(rows: Rows) -> Tensor:
     """The loss of every row (N,), row weights not applied; an ignored row has 0 and no gradient, even from NaN."""
-    logits = rows.logits  # masked before any function whose derivative at NaN or inf could get through
-    z = transform(torch.where(rows.valid[:, None], logits, 0.0) if rows.index_target else logits, rows.spec)
+    rows = rows.flat()
+    z = transform(_valid_logits(rows), rows.spec)
     loss, _, _ = row_loss(z, target_weights(rows, z, unsmoothed_targets(rows, z)), rows.spec.z_loss)
     return torch.where(rows.valid, loss, 0.0) if rows.index_target else loss
+
+
+def logit_gradient(rows: Rows, upstream: Tensor) -> Tensor:
+    """The gradient of Σ upstream·loss in the logits, in their shape, dx of this module: differentiable in turn."""
+    shape, rows = rows.logits.shape, rows.flat()
+    z = transform(_valid_logits(rows), rows.spec)
+    q = target_weights(rows, z, unsmoothed_targets(rows, z))
+    _, zmax, logsum = row_loss(z, q)
+    grad = upstream[:, None] * slope(z, rows.spec) * dz(z, q, zmax, logsum, rows.spec.z_loss)
+    if rows.index_target:
+        grad = torch.where(rows.valid[:, None], grad, 0.0)
+    return grad.to(rows.logits.dtype).reshape(shape)
+
+
+def target_gradient(rows: Rows, upstream: Tensor) -> Tensor:
+    """The gradient of Σ upstream·loss in class probabilities, in their shape: -(1 - e)·w·log p."""
+    shape, rows = rows.target.shape, rows.flat()
+    z = transform(rows.logits, rows.spec)
+    q = target_weights(rows, z, unsmoothed_targets(rows, z))
+    _, zmax, logsum = row_loss(z, q)
+    e = smoothing_weight(rows, smoothing_distribution(z, rows)[1]) if rows.spec.smooths else 0.0
+    down = z - zmax[:, None]
+    down = torch.where((q == 0) & (down == -math.inf), 0.0, down)
+    grad = upstream[:, None] * (1 - e) * (logsum[:, None] - down)
+    grad = grad if rows.weight is None else grad * rows.weight
+    return grad.to(rows.target.dtype).reshape(shape)
 
 
 @torch.no_grad()
 def row_stats(rows: Rows) -> RowStats:
     """The statistics of every row."""
+    rows = rows.flat()
     z = transform(rows.logits, rows.spec)
     nll, zmax, logsum = row_loss(z, unsmoothed_targets(rows, z))
     if rows.index_target:
         nll = torch.where(rows.valid, nll, 0.0)
-    return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1))
+    entropy = None
+    if rows.spec.return_stats == "entropy":
+        down = z - zmax[:, None]
+        p = (down - logsum[:, None]).exp()
+        entropy = logsum - torch.where(down == -math.inf, 0.0, p * down).sum(-1)
+    return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1), entropy)
 
 
 def normalizer(rows: Rows) -> Tensor:
     """The denominator of reduction="mean": Σ over the valid rows of row weight × class weight of the target; for class
     probabilities, Σ of row weights (the number of rows where there are none), as PyTorch has it."""
-    acc = accumulate_dtype(rows.logits.dtype)
+    acc, K = accumulate_dtype(rows.logits.dtype), rows.logits.shape[-1]
     if not rows.index_target:
-        counted = rows.logits.new_ones(rows.logits.shape[0], dtype=acc)
-    elif rows.spec.weight is not None:
-        inside = rows.valid & (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
-        counted = torch.where(inside, rows.spec.weight.to(acc)[torch.where(inside, rows.target, 0)], 0.0)
+        counted = rows.logits.new_ones(math.prod(rows.logits.shape[:-1]), dtype=acc)
+    elif rows.weight is not None:
+        inside = rows.valid & (rows.target >= 0) & (rows.target < K)
+        counted = torch.where(inside, rows.weight[torch.where(inside, rows.target, 0)], 0.0)
     else:
         counted = rows.valid
     return (counted if rows.row_weight is None else counted * rows.row_weight).sum().to(acc)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -22,6 +23,32 @@ class ArgumentError(ValueError, RuntimeError):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic and of the loss: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is in progress, which may wrap any tensor; what
+    torch.compile makes of them shows no sign of it."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile guards on it by itself
+def _func_level() -> int | None:
+    return torch._C._functorch.maybe_current_level()
+
+
+def nested_forward_mode() -> bool:
+    """Whether torch.func.jvp runs inside itself, where PyTorch drops the outer tangent of any autograd.Function."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
+def traced() -> bool:
+    """Whether the values of a tensor cannot be looked at: under torch.compile, torch.export and torch.func."""
+    return torch.compiler.is_compiling() or transformed()
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -55,7 +82,7 @@ class LossSpec:
     row_weight: Tensor | None = None
     normalizer: float | Tensor | None = None
     inplace: bool = False
-    return_stats: bool = False
+    return_stats: bool | str = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +92,8 @@ class LossSpec:
             value = getattr(self, name)
             require(value is None or isinstance(value, Tensor), name, value, "a tensor or None")
         require(self.backend is None or isinstance(self.backend, str), "backend", self.backend, "a name or None")
+        known = self.return_stats in (False, True, "entropy")
+        require(known, "return_stats", self.return_stats, "False, True or 'entropy'")
         _check_epsilon(self.label_smoothing)
         if isinstance(self.smoothing, Tensor):
             require(self.smoothing.dim() == 1, "smoothing", _describe(self.smoothing), "a prior of shape (K,)")
@@ -81,7 +110,7 @@ class LossSpec:
             require(isinstance(value, int) and not isinstance(value, bool), name, value, "an int")
         for name in ("z_loss", "logit_scale"):
             value = getattr(self, name)
-            require(_is_number(value) and math.isfinite(value), name, value, "a finite number")
+            require(_is_number(value) and -math.inf < value < math.inf, name, value, "a finite number")
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
         if self.softcap is not None:
             require(
@@ -112,6 +141,11 @@ class LossSpec:
         """Whether label smoothing can change the target weights at all."""
         return isinstance(self.label_smoothing, Tensor) or self.label_smoothing != 0.0
 
+    @property
+    def n_stats(self) -> int:
+        """How many floating-point statistics of a row are asked of a kernel."""
+        return 2 if self.return_stats == "entropy" else int(bool(self.return_stats))
+
     def features(self, *, index_target: bool) -> frozenset[str]:
         """What a backend must know how to do to serve these options, as words."""
         asked = {
@@ -123,19 +157,20 @@ class LossSpec:
             "z_loss": self.z_loss != 0.0,
             "logit_scale": self.logit_scale != 1.0,
             "softcap": self.softcap is not None,
-            "gradient of an option": any(isinstance(t, Tensor) and t.requires_grad for t in self._tensor_options()),
+            "gradient of weight, label_smoothing or smoothing": any(
+                isinstance(t, Tensor) and t.requires_grad for t in (self.weight, self.label_smoothing, self.smoothing)
+            ),
+            "forward mode inside forward mode": nested_forward_mode(),
+            "torch.func inside torch.compile": torch.compiler.is_compiling() and _func_level() is not None,
         }
         return frozenset(word for word, is_asked in asked.items() if is_asked)
-
-    def _tensor_options(self) -> tuple[object, ...]:
-        return self.weight, self.label_smoothing, self.smoothing, self.row_weight, self.normalizer
 
 
 def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
         require(eps.dtype in FLOAT_DTYPES, "label_smoothing", _describe(eps), "a number or a floating-point tensor")
-        if eps.device.type == "cpu" and eps.numel() and not torch.compiler.is_compiling():
+        if eps.device.type == "cpu" and eps.numel() and not traced():
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf
             require(good, "label_smoothing", f"values from {smallest} to {largest}", "finite and at most 1 everywhere")
@@ -145,17 +180,21 @@ def _check_epsilon(eps: object) -> None:
 
 
 class Rows(NamedTuple):
-    """One call flattened to rows: what the gate hands to a backend or to the reference."""
+    """One call as rows: what the gate hands to a backend or to the reference. "acc": the dtype of the arithmetic."""
 
     spec: LossSpec
     logits: Tensor
-    """(N, K), the caller's memory wherever a view can be had, unit class stride"""
+    """(N, K) or (A, B, K) with A·B = N, the caller's memory wherever a view can be had"""
     target: Tensor
-    """(N,) int64 class indices, or (N, K) class probabilities"""
+    """(N,) int64 class indices, or class probabilities of the shape of logits"""
+    weight: Tensor | None
+    """(K,), contiguous, acc"""
+    prior: Tensor | None
+    """(K,), contiguous, acc: ``smoothing`` where that is a tensor"""
     eps: float | Tensor
-    """ε: a float, a one-element tensor or one value per row (N,), in the dtype of the arithmetic"""
+    """ε: a float, or contiguous acc with one element or one per row (N,)"""
     row_weight: Tensor | None
-    """(N,) in the dtype of the arithmetic"""
+    """(N,) acc"""
 
     @property
     def index_target(self) -> bool:
@@ -165,3 +204,8 @@ class Rows(NamedTuple):
     def valid(self) -> Tensor:
         """(N,) bool: the rows that count."""
         return self.target != self.spec.ignore_index
+
+    def flat(self) -> Rows:
+        """The same with logits, and probabilities, as (N, K)."""
+        target = self.target if self.index_target else self.target.flatten(0, -2)
+        return self._replace(logits=self.logits.flatten(0, -2), target=target)

@@ -61,8 +61,9 @@ def transformed(x: Tensor, logit_scale: float = 1.0, softcap: float | None = Non
     return z if softcap is None else torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
 
 
-def dense_q(problem: Problem, z: Tensor) -> Tensor:
-    """q (N, K) in float64, each convention by its definition."""
+def dense_q(problem: Problem, z: Tensor, sizes: bool = False) -> Tensor:
+    """q (N, K) in float64, each convention by its definition; or the sizes of the terms that add up to it, which cancel
+    for ε < 0, and near 1 for "others", where the target has 1 - ε·n/(n-1) and its share of the rest."""
     options, z = problem.options, z.detach().double()
     k = z.shape[1]
     if problem.target.is_floating_point():
@@ -71,16 +72,23 @@ def dense_q(problem: Problem, z: Tensor) -> Tensor:
         t = F.one_hot(torch.where(problem.keep, problem.target.long(), 0), k).double()
     eps = options.get("label_smoothing", 0.0)
     eps = eps.double().reshape(-1, 1) if isinstance(eps, Tensor) else eps
+    kept, eps = 1 - eps, abs(eps) if sizes else eps
     covered = (z > -torch.inf).double() if options.get("smooth_over") == "finite" else torch.ones_like(z)
     count = covered.sum(-1, keepdim=True)
     smoothing = options.get("smoothing", "uniform")
     if isinstance(smoothing, Tensor):
         u = smoothing.double() * covered
-        q = (1 - eps) * t + eps * (u / u.sum(-1, keepdim=True) if options.get("smooth_over") == "finite" else u)
+        q = kept * t + eps * (u / u.sum(-1, keepdim=True) if options.get("smooth_over") == "finite" else u)
     elif smoothing == "others":  # what is taken from a class goes to the other covered ones in equal parts
-        q = torch.where(count > 1, (1 - eps) * t + eps * (covered - t) / (count - 1).clamp_min(1), t)
+        others = (count - 1).clamp_min(1)
+        moved = (
+            (kept - eps / others).abs() * t + eps * covered / others
+            if sizes
+            else kept * t + eps * (covered - t) / others
+        )
+        q = torch.where(count > 1, moved, t)
     else:
-        q = (1 - eps) * t + eps * covered / count
+        q = kept * t + eps * covered / count
     weight = options.get("weight")
     return q if weight is None else q * weight.double()
 
@@ -97,11 +105,14 @@ class Expected(NamedTuple):
     grad_ulps: Tensor
 
 
-def _log_loss(z: Tensor, q: Tensor) -> Tensor:
-    """-Σ q·log_softmax(z) by torch.sum: the sums inside torch.log_softmax lose up to 1e-13 of a float64 gradient."""
+def _log_p(z: Tensor) -> Tensor:
+    """log_softmax(z) by torch.sum: the sums inside torch.log_softmax lose up to 1e-13 of a float64 gradient."""
     shifted = z - z.detach().amax(-1, keepdim=True)
-    log_p = shifted - shifted.exp().sum(-1, keepdim=True).log()
-    return -torch.where(q == 0, 0.0, q * log_p).sum(-1)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
+
+
+def _log_loss(z: Tensor, q: Tensor) -> Tensor:
+    return -torch.where(q == 0, 0.0, q * _log_p(z)).sum(-1)
 
 
 def _evaluate(problem: Problem, factors: Tensor, dtype: torch.dtype, by_torch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +139,7 @@ def expect(problem: Problem, factors: Tensor) -> Expected:
     acc, options = acc_dtype(problem.logits.dtype), problem.options
     z, loss, grad = _evaluate(problem, factors, torch.float64, by_torch=False)
     _, torch_loss, torch_grad = _evaluate(problem, factors, acc, by_torch=True)
-    q = dense_q(problem, z)
+    q = dense_q(problem, z, sizes=True)
     zmax = z.amax(-1, keepdim=True)
     down = torch.where(z == -torch.inf, 0.0, (z - zmax).abs())
     logsum = torch.logsumexp(z - zmax, -1, keepdim=True).abs()
@@ -138,8 +149,10 @@ def expect(problem: Problem, factors: Tensor) -> Expected:
         down = down + torch.where(z == -torch.inf, 0.0, z.abs()) + zmax.abs()
     few, of_sum = few_ulps(acc), few_ulps(acc, z.shape[1])
     loss_ulps = of_sum * (mass * (1 + logsum) + (q.abs() * down).sum(-1, keepdim=True) + 2 * zeta * lse.square())[:, 0]
-    slope = options.get("logit_scale", 1.0) * factors.abs()[:, None]
+    slope = abs(options.get("logit_scale", 1.0)) * factors.abs()[:, None]
     grad_ulps = slope * (of_sum * (mass + 2 * zeta * lse) * p * (1 + down + logsum) + few * q.abs())
+    tiny = 2 * torch.finfo(acc).smallest_normal  # below about that exp may be 0
+    grad_ulps = grad_ulps + tiny * (1 + slope * (mass + 2 * zeta * lse))
     return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0, 0), grad_ulps.nan_to_num(0, 0))
 
 
@@ -203,7 +216,7 @@ def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 
 
 
 def judge_stats(problem: Problem, stats: RowStats) -> None:
-    """nll, lse, confidence and prediction; an ignored row has nll 0 and otherwise counts like any other."""
+    """nll, lse, confidence, prediction, entropy where given; ignored rows have nll 0 and else count like others."""
     transforms = {name: problem.options[name] for name in ("logit_scale", "softcap") if name in problem.options}
     unsmoothed = problem._replace(options=transforms | {"ignore_index": problem.options.get("ignore_index", -100)})
     want = expect(unsmoothed, torch.ones(len(problem.target), dtype=torch.float64, device=problem.target.device))
@@ -219,6 +232,13 @@ def judge_stats(problem: Problem, stats: RowStats) -> None:
     confidence = torch.where(lse.isfinite(), stats.confidence, torch.nan)  # of a row without a finite lse there is none
     top, top_torch = torch.softmax(z, -1).amax(-1), torch.softmax(z_torch, -1).amax(-1)
     assert_close("confidence", confidence, top, torch.maximum(2 * off_by(top_torch, top), ulps))
+    if stats.entropy is not None:
+        entropy, entropy_torch = ((-F.softmax(v, -1) * _log_p(v)).nansum(-1) for v in (z, z_torch))
+        down = torch.where(z == -torch.inf, 0.0, (z - zmax[:, None]).abs() + (z.abs() if transforms else 0))
+        slack = (torch.softmax(z, -1) * (1 + down) * (1 + down + logsum[:, None])).sum(-1)
+        entropy = torch.where(lse.isfinite(), entropy, torch.nan)
+        ulps = few_ulps(acc, z.shape[1]) * (slack + (zmax.abs() if transforms else 0))
+        assert_close("entropy", stats.entropy, entropy, torch.maximum(2 * off_by(entropy_torch, entropy), ulps))
     assert stats.prediction.dtype == torch.int64
     for got, row in zip(stats.prediction.tolist(), z.cpu().numpy(), strict=True):
         if not np.isnan(row).any():

@@ -38,15 +38,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "normalizer": {"label_smoothing": 0.1, "normalizer": torch.tensor(3.0, dtype=torch.float64)},
     "epsilon per row": {"label_smoothing": positive(N) / 2},
     "probabilities": {"label_smoothing": 0.1, "weight": positive(K), "z_loss": 0.1, "target": positive(N, K)},
+    "everything": {
+        "label_smoothing": 0.1, "smoothing": "others", "smooth_over": "finite", "weight": positive(K), "z_loss": 0.1,
+        "logit_scale": 0.7, "softcap": 3.0, "row_weight": positive(N),
+    },
     "row weight, sum": {"row_weight": positive(N), "reduction": "sum"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ["default", "none"])
 @pytest.mark.parametrize("backend", [name for name, b in backends.BACKENDS.items() if torch.float64 in b.dtypes])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_first_and_second_derivatives(name: str, backend: str, reduction: str) -> None:
-    """gradcheck and gradgradcheck, the tensor options among the inputs wherever autograd reaches the reference."""
+    """gradcheck and gradgradcheck, in reverse and forward mode, with every tensor among the inputs that a backend
+    differentiates: the options that enter q need the reference."""
     options = dict(OPTIONS[name])
     if reduction == "none":
         if options.pop("normalizer", None) is not None:
@@ -59,16 +64,19 @@ def test_first_and_second_derivatives(name: str, backend: str, reduction: str) -
     serves = backends.BACKENDS[backend]
     if reason := serves.why_not("cpu", torch.float64, asked):
         pytest.skip(f"backend {backend}: {'; '.join(reason)}")
+    everywhere = {"target", "row_weight", "normalizer"}
     tensors = {
-        n: v for n, v in options.items() if backend == "reference" and isinstance(v, Tensor) and v.is_floating_point()
+        n: v
+        for n, v in options.items()
+        if isinstance(v, Tensor) and v.is_floating_point() and (backend == "reference" or n in everywhere)
     }
 
     def loss(x: Tensor, *values: Tensor) -> Tensor:
         return lsk.cross_entropy(x, backend=backend, **options | dict(zip(tensors, values, strict=True)))
 
     inputs = [x.requires_grad_(), *(v.clone().requires_grad_() for v in tensors.values())]
-    assert gradcheck(loss, inputs)
-    assert gradgradcheck(loss, inputs)
+    assert gradcheck(loss, inputs, check_forward_ad=True)
+    assert gradgradcheck(loss, inputs, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -158,22 +166,30 @@ def test_inplace_overwrites_only_where_it_may(fast_place: Place, reduction: str)
 def test_statistics_are_detached(place: Place, reduction: str) -> None:
     x, y = draw(place)
     x.requires_grad_()
-    loss, stats = lsk.cross_entropy(x, y, reduction=reduction, return_stats=True, backend=place[0])
-    assert loss.requires_grad
-    assert [(value.requires_grad, value.shape) for value in stats] == [(False, y.shape)] * 4
+    for asked, given in ((True, 4), ("entropy", 5)):
+        loss, stats = lsk.cross_entropy(x, y, reduction=reduction, return_stats=asked, backend=place[0])
+        assert loss.requires_grad
+        assert [(value.requires_grad, value.shape) for value in stats[:given]] == [(False, y.shape)] * given
+        assert stats[given:] == (None,) * (5 - given)
 
 
-def calls(name: str, logits: Tensor, target: Tensor, rows: bool) -> list[tuple[Any, ...]]:
-    """Arguments of an operator, with and without its optional tensors and outputs."""
-    eps, scale = (positive(N).float().to(logits.device), upstream_for(N, logits.device)) if rows else (None, None)
-    row = (target, 0.1, eps, scale, -100)
-    saved = (logits.amax(1), torch.logsumexp(logits - logits.amax(1, keepdim=True), 1))
+def calls(name: str, logits: Tensor, target: Tensor, full: bool) -> list[tuple[Any, ...]]:
+    """Arguments of an operator, with few and with all of its optional tensors and outputs."""
+    device = logits.device
+    if full or name == "target_grad":
+        target = positive(N, K).to(logits)
+    vectors = (positive(K).float().to(device), positive(K).float().to(device)) if full else (None, None)
+    eps, scale = (positive(N).float().to(device), upstream_for(N, device)) if full else (None, None)
+    row = (target, *vectors, 0.1, eps, scale, -100, False, full, 0.1, 1.5, 5.0 if full else None)
+    z = logits * 1.5 if not full else 5.0 * torch.tanh(logits * 1.5 / 5.0)
+    saved = torch.stack([z.amax(1), torch.logsumexp(z - z.amax(1, keepdim=True), 1), *torch.ones(2, N, device=device)])
     return {
-        "forward": [(logits, *row, grad, stats) for grad in (False, True) for stats in (False, True)],
-        "forward_": [(logits.clone(), *row, stats) for stats in (False, True)],
-        "backward": [(logits, *row, *saved)],
-        "backward_": [(logits.clone(), *row, *saved)],
-        "scale_": [(logits.clone(), torch.full((1,), 0.5 if rows else 1.0, device=logits.device))],
+        "forward": [(logits, *row, grad, stats) for grad in (False, True) for stats in (0, 1, 2)],
+        "forward_": [(logits.clone(), *row, stats) for stats in (0, 2)],
+        "backward": [(logits, *row, saved)],
+        "backward_": [(logits.clone(), *row, saved)],
+        "target_grad": [(logits, *row, saved)],
+        "scale_": [(logits.clone(), torch.full((1,), 0.5 if full else 1.0, device=device))],
     }[name]
 
 
@@ -181,8 +197,8 @@ def calls(name: str, logits: Tensor, target: Tensor, rows: bool) -> list[tuple[A
 def test_opcheck(fast_place: Place, name: str) -> None:
     """Schema, fake implementation and tracing of every operator."""
     op = getattr(backends.BACKENDS[fast_place[0]].kernels, name)
-    for rows in (False, True):
-        for arguments in calls(name, *draw(fast_place, N, K), rows):
+    for full in (False, True):
+        for arguments in calls(name, *draw(fast_place, N, K), full):
             torch.library.opcheck(op, arguments)
 
 
@@ -209,13 +225,40 @@ def test_memory_beyond_logits_and_gradient_is_per_row(
     x, y = draw(fast_place, n, k, dtype)
     leaf = (x.requires_grad_() * 1) if direction == "inplace" else x.requires_grad_(direction != "no_grad")
     reduction = "none" if direction == "none" else "mean"
+    call: dict[str, Any] = {"label_smoothing": 0.1, "reduction": reduction, "inplace": direction == "inplace"}
+    used = memory_of(fast_place, leaf, y, **call)
+    assert used >= gradients * x.nbytes, "the measurement sees the gradient"
+    assert used - gradients * x.nbytes <= 256 * n + 8192, "a few numbers per row, a few scalars"
+
+
+def memory_of(place: Place, leaf: Tensor, target: Tensor, **call: Any) -> int:
+    """Bytes that loss and gradient ask for."""
 
     def run() -> None:
-        call: dict[str, Any] = {"label_smoothing": 0.1, "reduction": reduction, "inplace": direction == "inplace"}
-        loss = lsk.cross_entropy(leaf, y, backend=fast_place[0], **call)
+        loss = lsk.cross_entropy(leaf, target, backend=place[0], **call)
         if loss.requires_grad:
             torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.37))
 
-    used = allocated(run, fast_place[1])
-    assert used >= gradients * x.nbytes, "the measurement sees the gradient"
-    assert used - gradients * x.nbytes <= 256 * n + 8192, "a few numbers per row, a few scalars"
+    return allocated(run, place[1])
+
+
+UNCOPIED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "(N, K, D)": (lambda x: x.transpose(1, 2).contiguous(), 1),
+    "(N, K, D) as a view": (lambda x: x.transpose(1, 2), 1),
+    "(B, T, K) without the last step": (lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1], -1),
+    "(B, T, K) transposed from (T, B, K)": (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), -1),
+    "every second class": (lambda x: x.repeat_interleave(2, 2)[..., ::2], -1),
+}
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("layout", UNCOPIED)
+def test_layouts_are_not_copied(fast_place: Place, layout: str, probabilities: bool) -> None:
+    """Beyond the gradient, which has the logits' shape, no more memory than for contiguous rows."""
+    a, b, k = 4, 8, 2048
+    lay, class_dim = UNCOPIED[layout]
+    x, y = draw(fast_place, a * b, k)
+    leaf = lay(x.view(a, b, k)).detach().requires_grad_()
+    target = lay(torch.softmax(x, -1).view(a, b, k)) if probabilities else y.view(a, b)
+    used = memory_of(fast_place, leaf, target, class_dim=class_dim, label_smoothing=0.1, weight=torch.ones_like(x[0]))
+    assert used - leaf.nbytes <= 256 * a * b + 8192 + 4 * 4 * k, "a few numbers per row and class, a few scalars"

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
-FLOORS = """spec | reference ops | backends conventions | autograd | functional | linear parallel calibration distillation
-    representation | modules doctor | __init__ __main__"""  # a module imports only from the floors before its own
+# A module imports only from the floors before its own.
+FLOORS = """spec | reference ops | backends conventions | autograd | functional | linear parallel calibration
+    distillation representation | modules doctor | __init__ __main__"""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LossSpec RowStats conventions
     cross_entropy functional reference"""
 PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss
