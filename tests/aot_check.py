@@ -41,9 +41,62 @@ SHAPES = (
     ("float32", 8001),
     ("float32", 16001),
 )
-MODES = ("grad", "grad+stats", "grad per row", "loss", "loss+stats", "few rows", "backward", "scale")
-# Narrow loads: target, its logit, eps, row_scale, zmax, logsum, two edges. Narrow stores: five results, one edge.
-NARROW_LOADS, NARROW_STORES = 6, 6
+
+
+class Mode(NamedTuple):
+    """One call of an operator on N rows."""
+
+    op: str = "forward"
+    n: int = 4096
+    with_grad: bool = True
+    n_stats: int = 0
+    per_row: bool = False
+    """eps and row_scale: one per row"""
+    vectors: int = 0
+    """1: class weights; 2: a prior too"""
+    finite: bool = False
+    soft: str = ""
+    """dtype of target probabilities"""
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    layout: str = "rows"
+    """or "classes apart", or "two distances" """
+
+
+MODES = {
+    "grad": Mode(),
+    "grad+stats": Mode(n_stats=1),
+    "grad per row": Mode(per_row=True),
+    "loss": Mode(with_grad=False),
+    "loss+stats": Mode(with_grad=False, n_stats=1),
+    "few rows": Mode(n=4, n_stats=1),
+    "backward": Mode("backward"),
+    "scale": Mode("scale_"),
+}
+EVERYTHING = Mode(per_row=True, vectors=2, finite=True, soft="float32", logit_scale=0.5, softcap=30.0, n_stats=2)
+# Options, each on its own and all at once: for long rows, aligned and not; what holds all of them also for rows of one
+# block.
+OPTIONS = {
+    "weights": Mode(vectors=1),
+    "weights and prior": Mode(vectors=2),
+    "finite": Mode(finite=True),
+    "bf16 target": Mode(soft="bfloat16"),
+    "fp32 target": Mode(soft="float32"),
+    "softcap": Mode(softcap=30.0),
+    "logit scale": Mode(logit_scale=0.5),
+    "entropy": Mode(n_stats=2),
+    "classes apart": Mode(layout="classes apart"),
+    "two distances": Mode(layout="two distances"),
+    "everything": EVERYTHING,
+    "everything, few rows": EVERYTHING._replace(n=4),
+    "everything, backward": EVERYTHING._replace(op="backward"),
+    "everything, target": EVERYTHING._replace(op="target_grad"),
+}
+OPTION_SHAPES = (("float32", 50257), ("bfloat16", 128256))
+BLOCK_SHAPES = (("bfloat16", 4096),)
+# Narrow loads: target, its logit, its weight, eps, row_scale, what is saved, two edges. Narrow stores: results, one
+# edge; the sums of a part.
+NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 7, 11
 
 
 class Report(NamedTuple):
@@ -121,79 +174,103 @@ def disassemble(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
     return int(found[1]), int(found[2]), counts
 
 
-def judge(kernel: str, options: dict[str, Any], itemsize: int, counts: collections.Counter[str], writes: bool) -> str:
+def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, counts: collections.Counter[str]) -> str:
     """What is wrong with one kernel; empty if nothing is."""
     problems = []
     if any(name.startswith(("LDL", "STL")) for name in counts):
         problems.append("spills")
-    if kernel == "merge_kernel":
+    structure = options.get("S")
+    if kernel == "merge_kernel" or (structure and structure.VEC == 1):
         return ", ".join(problems)
     vectors = options["BLOCK"] * itemsize // (16 * 32 * options["num_warps"] * options["num_ctas"])
+    writes = kernel in ("grad_kernel", "scale_kernel") or (kernel == "row_kernel" and mode.with_grad)
     sweeps = 2 if writes and options.get("ONE_BLOCK") is False else 1
     if counts["LDG wide"] < vectors * sweeps or (writes and counts["STG wide"] < vectors):
         problems.append(f"fewer than {vectors} 128-bit accesses per thread")
-    if counts["LDG narrow"] > NARROW_LOADS or counts["STG narrow"] > NARROW_STORES:
-        problems.append("narrow accesses")
+    per_class = mode.vectors or mode.soft == "bfloat16"  # narrow beside unaligned rows, or float32 logits
+    if counts["LDG narrow"] > NARROW_LOADS and not (per_class and structure.EDGES):
+        problems.append("narrow loads")
+    if counts["STG narrow"] > (PART_STORES if kernel == "split_kernel" else NARROW_STORES):
+        problems.append("narrow stores")
     return ", ".join(problems)
 
 
-def compile_mode(mode: str, capability: int, dtype: str, k: int) -> Iterator[Report]:
+def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int) -> None:
+    """Call an operator on tensors without memory."""
+    new = functools.partial(torch.empty, device="meta")
+    n = mode.n
+    logits = {
+        "rows": new(n, k, dtype=dtype),
+        "classes apart": new(n // 4, k, 4, dtype=dtype).mT,
+        "two distances": new(4, n // 4, k, dtype=dtype).transpose(0, 1),
+    }[mode.layout]
+    if mode.op == "scale_":
+        ops.scale_(logits, new(1))
+        return
+    target = new(logits.shape, dtype=getattr(torch, mode.soft)) if mode.soft else new(n, dtype=torch.int64)
+    weight, prior = (new(k) if mode.vectors > i else None for i in (0, 1))
+    eps_rows, row_scale = (new(n), new(n)) if mode.per_row else (None, new(1) if mode.op == "backward" else None)
+    row = (
+        target,
+        weight,
+        prior,
+        0.1,
+        eps_rows,
+        row_scale,
+        -100,
+        False,
+        mode.finite,
+        0.0,
+        mode.logit_scale,
+        mode.softcap,
+    )
+    if mode.op == "forward":
+        ops.forward(logits, *row, mode.with_grad, mode.n_stats)
+    else:
+        getattr(ops, mode.op)(logits, *row, new(4, n))
+
+
+def compile_mode(name: str, mode: Mode, capability: int, dtype: str, k: int) -> Iterator[Report]:
     """The kernels that one call of an operator launches."""
     from triton.runtime.driver import driver
 
     logits_ops, launch = kernels_package()
     driver.set_active(_Driver(capability))
-    launched: list[tuple[str, Any, dict[str, Any], bool]] = []
+    launched: list[tuple[str, Any, dict[str, Any]]] = []
 
     def compile_only(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
-        name = kernel.fn.__name__
-        writes = name in ("grad_kernel", "scale_kernel") or (name == "row_kernel" and arguments[1] is not None)
-        launched.append((name, compiled, options, writes))
+        launched.append((kernel.fn.__name__, compiled, options))
 
     launch.run = compile_only
-    n = 4 if mode == "few rows" else 4096
-    logits = torch.empty(n, k, dtype=getattr(torch, dtype), device="meta")
-    target = torch.empty(n, dtype=torch.int64, device="meta")
-    rows = torch.empty(n, dtype=torch.float32, device="meta")
     with launch.override(machine=launch.Machine(divmod(capability, 10), SMS[capability])):
-        if mode == "backward":
-            logits_ops.backward(logits, target, 0.1, None, rows[:1], -100, rows, rows)
-        elif mode == "scale":
-            logits_ops.scale_(logits, rows[:1])
-        else:
-            per_row = rows if mode == "grad per row" else None
-            with_grad = not mode.startswith("loss")
-            with_stats = mode.endswith("stats") or mode == "few rows"
-            logits_ops.forward(logits, target, 0.1, per_row, per_row, -100, with_grad, with_stats)
-    for name, compiled, options, writes in launched:
+        call(logits_ops, mode, getattr(torch, dtype), k)
+    for kernel, compiled, options in launched:
         registers, shared, counts = disassemble(compiled.asm["cubin"])
-        form = name.removesuffix("_kernel")
+        form = kernel.removesuffix("_kernel")
         if form == "row":
             form = "one block" if options["ONE_BLOCK"] else "sweep"
+        size = (options["BLOCK"], options["num_warps"], options["num_ctas"])
+        spills = sum(counts[f"{access} {width}"] for access in ("LDL", "STL") for width in ("narrow", "wide"))
+        accesses = (counts["LDG wide"], counts["STG wide"], counts["LDG narrow"], counts["STG narrow"])
+        problems = judge(kernel, mode, options, getattr(torch, dtype).itemsize, counts)
         yield Report(
-            *(
-                name,
-                mode,
-                f"sm_{capability}",
-                dtype,
-                k,
-                form,
-                options["BLOCK"],
-                options["num_warps"],
-                options["num_ctas"],
-            ),
-            *(registers, counts["LDL narrow"] + counts["LDL wide"] + counts["STL narrow"] + counts["STL wide"], shared),
-            *(counts["LDG wide"], counts["STG wide"], counts["LDG narrow"], counts["STG narrow"]),
-            judge(name, options, logits.element_size(), counts, writes),
+            kernel, name, f"sm_{capability}", dtype, k, form, *size, registers, spills, shared, *accesses, problems
         )
 
 
 def compile_shapes(task: tuple[int, str]) -> list[Report]:
     """All modes and sizes of one architecture and dtype, in a worker process; Triton compiles equal kernels once."""
     warnings.simplefilter("ignore")
-    shapes = [k for dtype, k in SHAPES if dtype == task[1]]
-    return [report for k in shapes for mode in MODES for report in compile_mode(mode, *task, k)]
+    whole = {name: mode for name, mode in OPTIONS.items() if name.startswith("everything")}
+    calls = [
+        (name, mode, k)
+        for modes, shapes in ((MODES, SHAPES), (OPTIONS, OPTION_SHAPES), (whole, BLOCK_SHAPES))
+        for dtype, k in shapes
+        if dtype == task[1]
+        for name, mode in modes.items()
+    ]
+    return [report for name, mode, k in calls for report in compile_mode(name, mode, *task, k)]
 
 
 def check_all() -> list[Report]:

@@ -54,7 +54,10 @@ def test_same_as_f_cross_entropy(place: Place, shape: tuple[int, ...], kind: str
     x, target = arguments(shape, kind, place[1])
     before = x.clone(), target.clone()
     weight = torch.linspace(0.2, 2, K, device=place[1]) if weighted else None
-    for reduction, eps in itertools.product(REDUCTIONS, (0.0, 0.3, 1.0)):
+    pairs = itertools.product(REDUCTIONS, (0.0, 0.3, 1.0))
+    if place == ("triton", "cpu"):  # its interpreter is slow: every reduction and every ε once
+        pairs = zip(REDUCTIONS, (0.3, 0.0, 1.0), strict=True)
+    for reduction, eps in pairs:
         compare(place, x, target, weight=weight, reduction=reduction, label_smoothing=eps)
     assert torch.equal(before[0], x)
     assert torch.equal(before[1], target)

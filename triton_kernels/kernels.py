@@ -2,9 +2,12 @@
 
 ``row_kernel`` makes loss and gradient: a row that fits the registers of one program (a thread block, or a cluster of
 them) is read once and written once; a longer one is read a second time, in reverse, while its end is still in L2.
-``split_kernel`` and ``merge_kernel`` spread few long rows over all SMs. ``grad_kernel`` makes the gradient from the
-saved (zmax, logsum). ``scale_kernel`` multiplies a gradient. A pointer that is None is the flag of what is not asked
-for; only structure is a compile-time constant. Row offsets are int64: N·K passes 2³² in use.
+``split_kernel`` and ``merge_kernel`` spread few long rows over all SMs. ``grad_kernel`` makes a gradient from what is
+saved of the rows. ``scale_kernel`` multiplies a gradient. A pointer that is None is the flag of what is not asked for;
+only structure is a compile-time constant.
+
+Pointers and floats come in named tuples. Integers do not: Triton would compile again for those that are 1 or multiples
+of 16. Rows are numbered through two dimensions, n_inner of them in the second, or lie at one distance (n_inner None).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -12,16 +15,50 @@ for; only structure is a compile-time constant. Row offsets are int64: N·K pass
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .row_math import dz, first_index, merge, merge_index, piece, rescaled, row_loss, weights
-from .rows import cut, edges, equals, load, main_of_grad
+from .row_math import (
+    Piece,
+    dt,
+    dz,
+    merge,
+    merge_all,
+    nothing,
+    piece,
+    row_loss,
+    slope,
+    transform,
+    weights,
+    with_target,
+)
+from .rows import Given, at, cut, edges, line_of, main_of, offset, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Results(NamedTuple):
+    """Pointers to what is made of each row."""
+
+    loss: Any
+    saved: Any
+    stats: Any
+    prediction: Any
+
+
+class _Done(NamedTuple):
+    """What the gradient of a row needs to know of all of it; ``mass`` is M + 2·z_loss·lse."""
+
+    live: Any
+    factor: Any
+    zmax: Any
+    logsum: Any
+    mass: Any
+    a: Any
+    b: Any
 
 
 def _kernel(fn: Callable[..., None]) -> Any:
@@ -31,220 +68,232 @@ def _kernel(fn: Callable[..., None]) -> Any:
 
 
 @triton.jit
-def _row(target_ptr, i_row, eps, eps_ptr, eps_stride, ignore_index, K):
-    """(y, live, valid, a, b): live unless ignored; y is -1 unless valid, so no address is made from it unchecked."""
-    y = tl.load(target_ptr + i_row)
-    live = y != ignore_index
-    valid = live & (y >= 0) & (y < K)
-    if eps_ptr is not None:
-        eps = tl.load(eps_ptr + eps_stride.to(tl.int64) * i_row).to(tl.float32)
-    a, b = weights(eps, K)
-    return tl.where(valid, y, -1).to(tl.int32), live, valid, a, b
+def _target_class(line, given, S: tl.constexpr):
+    """(z, w) of the target's class, read before a gradient may overwrite it."""
+    z_y = 0.0
+    w_y = 1.0
+    if not S.SOFT:
+        source = line.whole
+        x_y = tl.load(at(source.x, source.y, given.x_step), mask=line.valid, other=0.0).to(tl.float32)
+        z_y = transform(x_y, given.numbers.logit_scale, given.numbers.softcap)
+        if S.WEIGHT:
+            w_y = tl.load(given.targets.weight + source.y, mask=line.valid, other=0.0)
+    return z_y, w_y
 
 
 @triton.jit
-def _factor(scale_ptr, scale_stride, i_row, valid):
-    """What the gradient of the row is multiplied by; NaN for an invalid target."""
-    factor = 1.0
-    if scale_ptr is not None:
-        factor = tl.load(scale_ptr + scale_stride.to(tl.int64) * i_row).to(tl.float32)
-    return tl.where(valid, factor, float("nan"))
-
-
-@triton.jit
-def _store_grad(ptr, b_z, is_target, mask, row, factor, zmax, logsum):
-    """The gradient of one block, rounded once; exact zeros, by selection, in an ignored row."""
-    _y, live, _valid, a, b = row
-    b_grad = factor * dz(b_z, zmax, logsum, is_target, a, b)
-    tl.store(ptr, tl.where(live, b_grad, 0.0).to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _grad_edges(x_row, g_row, head, n_main, K, row, factor, zmax, logsum, VEC: tl.constexpr):
-    k_edge, m_edge = edges(head, n_main, K, VEC)
-    b_edge = load(x_row + k_edge, m_edge & (k_edge < tl.where(row[1], K, 0)))
-    _store_grad(g_row + k_edge, b_edge, k_edge == row[0], m_edge, row, factor, zmax, logsum)
-
-
-@triton.jit
-def _store_row(loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr, i_row, row, zmax, logsum, z_y, d, k_max, K):
-    _y, live, valid, a, b = row
-    loss = tl.where(valid, row_loss(zmax, logsum, z_y, d, a, b), float("nan"))
-    tl.store(loss_ptr + i_row, tl.where(live, loss, 0.0))
-    if nll_ptr is None:
-        zmax = tl.where(live, zmax, 0.0)
-        logsum = tl.where(live, logsum, 0.0)
-    else:
-        nll = tl.where(valid, logsum - (z_y - zmax), float("nan"))
-        tl.store(nll_ptr + i_row, tl.where(live, nll, 0.0))
-        tl.store(pred_ptr + i_row, tl.minimum(k_max, K - 1).to(tl.int64))  # a row of NaN has no maximum: stay inside
-    tl.store(zmax_ptr + i_row, zmax)
-    tl.store(logsum_ptr + i_row, logsum)
-
-
-@triton.jit
-def _absorb(b_z, o, end, head, n_block, m, s, d, n, k_max, VEC: tl.constexpr, WITH_STATS: tl.constexpr):
-    """The piece (m, s, d) of n classes, whose first maximum is k_max, with one more block merged in."""
-    m_block, s_block, d_block = piece(b_z, o < end)
-    if WITH_STATS:
-        k_max = merge_index(m, k_max, m_block, head + first_index(b_z, m_block, o, o < end, VEC))
-    m, s, d = merge(m, s, d, n, m_block, s_block, d_block, n_block)
-    return m, s, d, n + n_block, k_max
-
-
-@triton.jit
-def _edge_piece(x_row, head, n_main, K, VEC: tl.constexpr, EDGES: tl.constexpr, WITH_STATS: tl.constexpr):
-    """The piece that a sweep starts from: the edges of the row, or nothing."""
-    m, s, d, k_max = float("-inf"), 0.0, 0.0, 1073741824
-    if EDGES:
-        k_edge, m_edge = edges(head, n_main, K, VEC)
-        b_edge = load(x_row + k_edge, m_edge)
-        m, s, d = piece(b_edge, m_edge)
-        if WITH_STATS:
-            k_max = first_index(b_edge, m, k_edge, m_edge, 1)
-    return m, s, d, K - n_main, k_max
-
-
-@triton.jit
-def _sweep(
-    x_main, begin, end, head, m, s, d, n, k_max, BLOCK: tl.constexpr, VEC: tl.constexpr, WITH_STATS: tl.constexpr
-):
-    """Merge the elements [begin, end) of the groups of a row, block by block, into the piece (m, s, d)."""
+def _sweep(p, line, begin, end, given, BLOCK: tl.constexpr, S: tl.constexpr):
+    """Merge the elements [begin, end) of the groups of a row, block by block, into the piece p."""
     for o_block in range(begin, end, BLOCK):
         o = o_block + tl.arange(0, BLOCK)
-        b_z = load(x_main + o, o < end)
-        n_block = tl.minimum(end - o_block, BLOCK)
-        m, s, d, n, k_max = _absorb(b_z, o, end, head, n_block, m, s, d, n, k_max, VEC, WITH_STATS)
-    return m, s, d, n, k_max
+        b = read(line.groups, o, o < end, given, S.VEC, S)
+        p = _absorb(p, b, o, o < end, tl.minimum(end - o_block, BLOCK), line.head, S.VEC, S)
+    return p
+
+
+@triton.jit
+def _absorb(p, b, o, m_o, n, k_first, VEC: tl.constexpr, S: tl.constexpr):
+    """The piece p with one more block of n classes merged in, the first of which is k_first."""
+    r = piece(b, o, m_o, n, VEC, S)
+    return merge(p, Piece(r.m, r.s, r.h, r.n, r.rest, r.rest_d, r.soft, r.soft_d, r.plain, r.plain_d, r.k + k_first))
+
+
+@triton.jit
+def _edge_piece(line, k_read, K, given, S: tl.constexpr):
+    """The piece that a sweep starts from: the edges of the row, or nothing."""
+    p = nothing()
+    if S.EDGES:
+        k_edge, m_edge = edges(line.head, line.n_main, K, S.VEC)
+        m_edge = m_edge & (k_edge < k_read)
+        b = read(line.whole, k_edge, m_edge, given, 1, S)
+        p = piece(b, k_edge, m_edge, tl.minimum(K - line.n_main, k_read), 1, S)
+    return p
+
+
+@triton.jit
+def _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S: tl.constexpr):
+    """Store what is made of a row; returns what its gradient needs."""
+    if not S.SOFT:
+        p = with_target(p, z_y, w_y)
+    n = p.n
+    if not S.FINITE:
+        n = 1.0 if S.PRIOR else K.to(tl.float32)
+    a, b = weights(line.eps, n, others)
+    mass = 1.0
+    if S.SOFT or S.WEIGHT or S.PRIOR:
+        mass = a * p.soft + b * p.rest
+    logsum = tl.log(p.s)
+    loss = tl.where(line.valid, row_loss(p, logsum, mass, a, b, given.numbers.z_loss), float("nan"))
+    tl.store(out.loss + i_row, tl.where(line.live, loss, 0.0))
+    o_field = tl.arange(0, 2)  # two by two: as four scalars they take half as many registers again on sm_80
+    saved_ptr = out.saved + n_rows.to(tl.int64) * o_field + i_row
+    tl.store(saved_ptr, tl.where(line.reads, tl.where(o_field == 0, p.m, logsum), 0.0))
+    tl.store(saved_ptr + n_rows.to(tl.int64) * 2, tl.where(line.reads, tl.where(o_field == 0, mass, n), 0.0))
+    if S.STATS > 0:
+        nll = tl.where(line.valid, p.plain * logsum - p.plain_d, float("nan"))
+        tl.store(out.stats + i_row, tl.where(line.live, nll, 0.0))
+        tl.store(out.prediction + i_row, tl.minimum(p.k, K - 1).to(tl.int64))  # NaNs have no maximum: stay inside
+    if S.STATS > 1:
+        tl.store(out.stats + n_rows.to(tl.int64) + i_row, logsum - p.h / p.s)
+    return _done(line, p.m, logsum, mass, a, b, i_row, given, scale_stride, S)
+
+
+@triton.jit
+def _done(line, zmax, logsum, mass, a, b, i_row, given, scale_stride, S: tl.constexpr):
+    targets, numbers = given.targets, given.numbers
+    factor = 1.0
+    if targets.scale is not None:
+        factor = tl.load(targets.scale + scale_stride.to(tl.int64) * i_row)
+    if numbers.logit_scale is not None and not S.OF_TARGET:
+        factor = factor * numbers.logit_scale
+    factor = tl.where(line.valid, factor, float("nan"))
+    return _Done(line.live, factor, zmax, logsum, mass + 2.0 * numbers.z_loss * (zmax + logsum), a, b)
+
+
+@triton.jit
+def _store_grad(ptr, b, mask, done, given, S: tl.constexpr):
+    """The gradient of one block, rounded once; exact zeros, by selection, in an ignored row."""
+    if S.OF_TARGET:
+        b_grad = done.factor * dt(b, done, S)
+    else:
+        b_grad = done.factor * dz(b, done, S)
+        if given.numbers.softcap is not None:
+            b_grad = b_grad * slope(b.z, given.numbers.softcap)
+    tl.store(ptr, tl.where(done.live, b_grad, 0.0).to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_edges(g_row, g_step, line, K, done, given, S: tl.constexpr):
+    k_edge, m_edge = edges(line.head, line.n_main, K, S.VEC)
+    b_edge = read(line.whole, k_edge, m_edge & (k_edge < tl.where(done.live, K, 0)), given, 1, S)
+    _store_grad(at(g_row, k_edge, g_step), b_edge, m_edge, done, given, S)
 
 
 @_kernel
 def row_kernel(
-    x_ptr, grad_ptr, target_ptr, eps, eps_ptr, scale_ptr, loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr,
-    n_rows, K, x_lead, x_stride, g_lead, g_stride, eps_stride, scale_stride, ignore_index,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, G_ALIGNED: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    x_ptr, grad_ptr, targets, out, numbers, n_rows, n_inner, K, x_lead, x_outer, x_inner, x_step,
+    t_lead, t_outer, t_inner, t_step, g_lead, g_outer, g_inner, g_step, eps_stride, scale_stride, ignore_index, others,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Loss and, unless grad_ptr is None, gradient of whole rows; grad may be x. Moves one read and one write of the
     logits with ONE_BLOCK, else a second read, served by L2 in part. Persistent: each program takes many rows."""
-    WITH_STATS: tl.constexpr = nll_ptr is not None
+    given = Given(targets, numbers, x_step, t_step)
     for i_row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = _row(target_ptr, i_row, eps, eps_ptr, eps_stride, ignore_index, K)
-        y, live, valid, _a, _b = row
-        start = x_lead + x_stride.to(tl.int64) * i_row
-        z_y = tl.load(x_ptr + start + y, mask=valid, other=0.0).to(tl.float32)  # before a gradient may overwrite it
-        k_read = K if WITH_STATS else tl.where(live, K, 0)
-        head, first, n_read = cut(start, k_read, VEC)
-        x_main = x_ptr + first
-        m, s, d, n, k_max = _edge_piece(x_ptr + start, head, n_read, k_read, VEC, EDGES, WITH_STATS)
+        line = line_of(
+            x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
+            ignore_index, S,
+        )  # fmt: skip
+        z_y, w_y = _target_class(line, given, S)
+        n_read = tl.where(line.reads, line.n_main, 0)
+        p = _edge_piece(line, tl.where(line.reads, K, 0), K, given, S)
         o = tl.arange(0, BLOCK)
         if ONE_BLOCK:
-            b_z = load(x_main + o, o < n_read)
-            m, s, d, n, k_max = _absorb(b_z, o, n_read, head, n_read, m, s, d, n, k_max, VEC, WITH_STATS)
+            b = read(line.groups, o, o < n_read, given, S.VEC, S)
+            p = _absorb(p, b, o, o < n_read, n_read, line.head, S.VEC, S)
         else:
-            m, s, d, n, k_max = _sweep(x_main, 0, n_read, head, m, s, d, n, k_max, BLOCK, VEC, WITH_STATS)
-        logsum = tl.log(s)
-        _store_row(loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr, i_row, row, m, logsum, z_y, d, k_max, K)
+            p = _sweep(p, line, 0, n_read, given, BLOCK, S)
+        done = _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
         if grad_ptr is not None:
-            factor = _factor(scale_ptr, scale_stride, i_row, valid)
-            head, _first, n_main = cut(start, K, VEC)
-            g_start = g_lead + g_stride.to(tl.int64) * i_row
-            g_main = grad_ptr + main_of_grad(g_start, head, VEC, G_ALIGNED)
+            g_start = offset(i_row, n_inner, g_lead, g_outer, g_inner)
+            g_main = grad_ptr + main_of(g_start, line.head, g_step, S.VEC, S.G_ALIGNED)
             if ONE_BLOCK:
-                _store_grad(g_main + o, b_z, equals(o, y - head, VEC), o < n_main, row, factor, m, logsum)
+                _store_grad(at(g_main, o, g_step), b, o < line.n_main, done, given, S)
             else:
-                n_blocks = tl.cdiv(n_main, BLOCK)
+                n_blocks = tl.cdiv(line.n_main, BLOCK)
                 for i_block in range(n_blocks):
                     o_back = (n_blocks - 1 - i_block) * BLOCK + o
-                    b_z = load(x_main + o_back, o_back < n_read)
-                    is_target = equals(o_back, y - head, VEC)
-                    _store_grad(g_main + o_back, b_z, is_target, o_back < n_main, row, factor, m, logsum)
-            if EDGES:
-                _grad_edges(x_ptr + start, grad_ptr + g_start, head, n_main, K, row, factor, m, logsum, VEC)
+                    b = read(line.groups, o_back, o_back < n_read, given, S.VEC, S)
+                    _store_grad(at(g_main, o_back, g_step), b, o_back < line.n_main, done, given, S)
+            if S.EDGES:
+                _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
 
 
 @_kernel
 def split_kernel(
-    x_ptr, target_ptr, part_ptr, k_part_ptr, n_units, n_splits, blocks_per_split, K, x_lead, x_stride, ignore_index,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,
+    x_ptr, part_ptr, targets, numbers, n_units, n_splits, blocks_per_split, n_inner, K, x_lead, x_outer, x_inner,
+    x_step, t_lead, t_outer, t_inner, t_step, eps_stride, ignore_index, BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, d, n) of one of n_splits parts of a row into part (4, N, n_splits), its first maximum into k_part: one
-    read of the logits, by more programs than there are rows. Part 0 takes the edges."""
-    WITH_STATS: tl.constexpr = k_part_ptr is not None
+    """The piece of one of n_splits parts of a row into part (11, N, n_splits): one read of the logits, by more programs
+    than there are rows. Part 0 takes the edges."""
     i_unit = tl.program_id(0).to(tl.int64)
     i_row = i_unit // n_splits
     i_split = (i_unit % n_splits).to(tl.int32)
-    k_read = K if WITH_STATS else tl.where(tl.load(target_ptr + i_row) != ignore_index, K, 0)
-    start = x_lead + x_stride.to(tl.int64) * i_row
-    head, first, n_edge = cut(start, tl.where(i_split == 0, k_read, 0), VEC)
-    m, s, d, n, k_max = _edge_piece(
-        x_ptr + start, head, n_edge, tl.where(i_split == 0, k_read, 0), VEC, EDGES, WITH_STATS
-    )
-    head, first, n_read = cut(start, k_read, VEC)
+    given = Given(targets, numbers, x_step, t_step)
+    line = line_of(
+        x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
+        ignore_index, S,
+    )  # fmt: skip
+    p = _edge_piece(line, tl.where(i_split == 0, tl.where(line.reads, K, 0), 0), K, given, S)
     begin = i_split * blocks_per_split * BLOCK
-    end = tl.minimum(begin + blocks_per_split * BLOCK, n_read)
-    m, s, d, n, k_max = _sweep(x_ptr + first, begin, end, head, m, s, d, n, k_max, BLOCK, VEC, WITH_STATS)
-    tl.store(part_ptr + i_unit, m)
-    tl.store(part_ptr + n_units + i_unit, s)
-    tl.store(part_ptr + 2 * n_units + i_unit, d)
-    tl.store(part_ptr + 3 * n_units + i_unit, n.to(tl.float32))
-    if WITH_STATS:
-        tl.store(k_part_ptr + i_unit, k_max)
+    end = tl.minimum(begin + blocks_per_split * BLOCK, tl.where(line.reads, line.n_main, 0))
+    p = _sweep(p, line, begin, end, given, BLOCK, S)
+    part_ptr += i_unit
+    for i_field in tl.static_range(10):
+        tl.store(part_ptr + n_units * i_field, p[i_field])
+    tl.store(part_ptr + n_units * 10, p.k.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _part(part_ptr, n_units, i_field, m_o):
+    return tl.load(part_ptr + n_units * i_field, mask=m_o, other=0.0)
 
 
 @_kernel
 def merge_kernel(
-    x_ptr, target_ptr, eps, eps_ptr, part_ptr, k_part_ptr, loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr,
-    n_units, n_splits, K, x_lead, x_stride, eps_stride, ignore_index, BLOCK: tl.constexpr,
+    x_ptr, part_ptr, targets, out, numbers, n_units, n_splits, n_rows, n_inner, K, x_lead, x_outer, x_inner, x_step,
+    t_lead, t_outer, t_inner, t_step, eps_stride, scale_stride, ignore_index, others,
+    BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a row, merged into its loss and statistics: a few hundred bytes per row, one program each."""
+    """The parts of a row, merged into its loss and statistics: a few kilobytes per row, one program each."""
     i_row = tl.program_id(0).to(tl.int64)
-    row = _row(target_ptr, i_row, eps, eps_ptr, eps_stride, ignore_index, K)
-    y, _live, valid, _a, _b = row
-    z_y = tl.load(x_ptr + x_lead + x_stride * i_row + y, mask=valid, other=0.0).to(tl.float32)
+    given = Given(targets, numbers, x_step, t_step)
+    line = line_of(
+        x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
+        ignore_index, S,
+    )  # fmt: skip
+    z_y, w_y = _target_class(line, given, S)
     o = tl.arange(0, BLOCK)
-    m_part = o < n_splits
+    m_o = o < n_splits
     part_ptr += i_row * n_splits + o
-    b_m = tl.load(part_ptr, mask=m_part, other=float("-inf"))
-    b_s = tl.load(part_ptr + n_units, mask=m_part, other=0.0)
-    b_d = tl.load(part_ptr + 2 * n_units, mask=m_part, other=0.0)
-    b_n = tl.load(part_ptr + 3 * n_units, mask=m_part, other=0.0)
-    zmax = tl.max(b_m, 0)
-    b_s, b_d = rescaled(b_m, b_s, b_d, b_n, zmax)
-    k_max = 0
-    if nll_ptr is not None:
-        b_k = tl.load(k_part_ptr + i_row * n_splits + o, mask=m_part, other=1073741824)
-        k_max = first_index(b_m, zmax, b_k, m_part, 1)
-    logsum = tl.log(tl.sum(b_s, 0))
-    _store_row(
-        loss_ptr, zmax_ptr, logsum_ptr, nll_ptr, pred_ptr, i_row, row, zmax, logsum, z_y, tl.sum(b_d, 0), k_max, K
-    )
+    m = tl.load(part_ptr, mask=m_o, other=float("-inf"))
+    s, h, n = _part(part_ptr, n_units, 1, m_o), _part(part_ptr, n_units, 2, m_o), _part(part_ptr, n_units, 3, m_o)
+    rest, rest_d = _part(part_ptr, n_units, 4, m_o), _part(part_ptr, n_units, 5, m_o)
+    soft, soft_d = _part(part_ptr, n_units, 6, m_o), _part(part_ptr, n_units, 7, m_o)
+    plain, plain_d = _part(part_ptr, n_units, 8, m_o), _part(part_ptr, n_units, 9, m_o)
+    k = _part(part_ptr, n_units, 10, m_o).to(tl.int32, bitcast=True)
+    parts = Piece(m, s, h, n, rest, rest_d, soft, soft_d, plain, plain_d, k)
+    p = merge_all(parts, m_o)
+    _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
 
 
 @_kernel
 def grad_kernel(
-    x_ptr, grad_ptr, target_ptr, eps, eps_ptr, scale_ptr, zmax_ptr, logsum_ptr,
-    n_units, n_chunks, K, x_lead, x_stride, g_lead, g_stride, eps_stride, scale_stride, ignore_index,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr, G_ALIGNED: tl.constexpr,
+    x_ptr, grad_ptr, targets, saved_ptr, numbers, n_units, n_chunks, n_rows, n_inner, K, x_lead, x_outer, x_inner,
+    x_step, t_lead, t_outer, t_inner, t_step, g_lead, g_outer, g_inner, g_step, eps_stride, scale_stride, ignore_index,
+    others, BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The gradient from the saved (zmax, logsum), one read and one write; grad may be x. No reduction, so a unit of
-    work is a chunk of a row and the grid is full at every N; chunk 0 takes the edges."""
+    """A gradient from what is saved, one read and one write; grad may be x. No reduction, so a unit of work is a chunk
+    of a row and the grid is full at every N; chunk 0 takes the edges."""
+    given = Given(targets, numbers, x_step, t_step)
     for i_unit in range(tl.program_id(0), n_units, tl.num_programs(0)):
         i_row = i_unit // n_chunks
         i_chunk = i_unit % n_chunks
-        row = _row(target_ptr, i_row, eps, eps_ptr, eps_stride, ignore_index, K)
-        y, live, valid, _a, _b = row
-        factor = _factor(scale_ptr, scale_stride, i_row, valid)
-        zmax = tl.load(zmax_ptr + i_row)
-        logsum = tl.load(logsum_ptr + i_row)
-        start = x_lead + x_stride.to(tl.int64) * i_row
-        head, first, n_main = cut(start, K, VEC)
-        g_start = g_lead + g_stride.to(tl.int64) * i_row
+        line = line_of(
+            x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
+            ignore_index, S,
+        )  # fmt: skip
+        zmax = tl.load(saved_ptr + i_row)
+        logsum = tl.load(saved_ptr + n_rows.to(tl.int64) + i_row)
+        mass = tl.load(saved_ptr + n_rows.to(tl.int64) * 2 + i_row)
+        a, b = weights(line.eps, tl.load(saved_ptr + n_rows.to(tl.int64) * 3 + i_row), others)
+        done = _done(line, zmax, logsum, mass, a, b, i_row, given, scale_stride, S)
         o = (i_chunk * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
-        b_z = load(x_ptr + first + o, o < tl.where(live, n_main, 0))
-        g_main = grad_ptr + main_of_grad(g_start, head, VEC, G_ALIGNED)
-        _store_grad(g_main + o, b_z, equals(o, y - head, VEC), o < n_main, row, factor, zmax, logsum)
-        if EDGES and i_chunk == 0:
-            _grad_edges(x_ptr + start, grad_ptr + g_start, head, n_main, K, row, factor, zmax, logsum, VEC)
+        block = read(line.groups, o, o < tl.where(line.live, line.n_main, 0), given, S.VEC, S)
+        g_start = offset(i_row, n_inner, g_lead, g_outer, g_inner)
+        g_main = grad_ptr + main_of(g_start, line.head, g_step, S.VEC, S.G_ALIGNED)
+        _store_grad(at(g_main, o, g_step), block, o < line.n_main, done, given, S)
+        if S.EDGES and i_chunk == 0:
+            _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
 
 
 @triton.jit
@@ -255,22 +304,22 @@ def _scale_block(ptr, mask, scale):
 
 @_kernel
 def scale_kernel(
-    grad_ptr, scale_ptr, n_units, n_chunks, K, g_lead, g_stride,
+    grad_ptr, scale_ptr, n_units, n_chunks, n_inner, K, g_lead, g_outer, g_inner, g_step,
     BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """grad *= scale on the device: one read and one write, or nothing where the scale is 1, without a host sync.
-    A contiguous gradient is one long row here, so K may exceed 2³¹ and positions inside a row are int64."""
+    A dense gradient is one long row here, so K may exceed 2³¹ and positions inside a row are int64."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         for i_unit in range(tl.program_id(0), n_units, tl.num_programs(0)):
             i_row = i_unit // n_chunks
             i_chunk = i_unit % n_chunks
-            start = g_lead + g_stride.to(tl.int64) * i_row
-            head, first, n_main = cut(start, K, VEC)
+            start = offset(i_row, n_inner, g_lead, g_outer, g_inner)
+            head, first, n_main = cut(start, K, VEC, EDGES)
             o_chunk = i_chunk.to(tl.int64) * BLOCK
             o = tl.arange(0, BLOCK)
             m_o = o < tl.minimum(n_main - o_chunk, BLOCK).to(tl.int32)
-            _scale_block(grad_ptr + first + o_chunk + o, m_o, scale)
+            _scale_block(at(at(grad_ptr + first, o_chunk, g_step), o, g_step), m_o, scale)
             if EDGES and i_chunk == 0:
                 k_edge, m_edge = edges(head, n_main, K, VEC)
                 _scale_block(grad_ptr + start + k_edge, m_edge, scale)

@@ -50,20 +50,25 @@ class Plan:
     ctas: int = 1
     programs: int = _ANY  # the grid has at most so many, each takes several units of work
     splits: int = 1
+    registers: int | None = None  # at most so many per thread
 
 
-# Rows of one thread block, read once: largest K, warps, programs per SM
+# Left to itself, the assembler saves registers and spills a word or two with one Triton or the other: hence the limits.
+# Rows of one thread block, read once: largest K, warps, programs per SM, registers
 _BLOCK = (
-    (1024, 4, 8),  # two 128-bit loads per thread in float32, one in half precision
-    (4096, 8, 4),
-    (8192, 8, 2),
-    (16384, 16, 1),  # 32 values per thread, as before; twice the block spills with Triton 3.6, and on sm_100
+    (1024, 4, 8, None),  # two 128-bit loads per thread in float32, one in half precision
+    (4096, 8, 4, None),
+    (8192, 8, 1, 160),
+    (16384, 16, 1, None),  # 32 values per thread, as before; twice the block spills with Triton 3.6, and on sm_100
 )
+_WITH_OPTIONS = 2  # so many of them serve options: the others spill, as clusters do
 # Longer rows, read once by a cluster of 2 to 16 thread blocks, by compute capability: elements and warps of each block
 _CLUSTER = {9: (16384, 16), 10: (16384, 32)}  # each spills a word or two with the warps of the other
 _MAX_CTAS = 16
+# bytes: block, warps, programs per SM, registers; larger blocks spill
+_SWEEP = {2: (4096, 16, 3, None), 4: (2048, 8, 5, 48)}
+_SWEEP_WITH_OPTIONS = {2: (2048, 8, 6, None), 4: (512, 4, 4, 128)}
 # bytes: block, warps, programs per SM
-_SWEEP = {2: (4096, 16, 3), 4: (2048, 8, 6)}  # larger blocks spill a word or two with one Triton or the other
 _CHUNK = {2: (4096, 8, 8), 4: (4096, 8, 8)}  # gradient and scale: no reduction, so small blocks and a full SM
 _INTERPRETER = Machine((0, 0), sms=2)  # two programs: a persistent loop is really one
 _forced: dict[str, Any] = {}
@@ -101,16 +106,18 @@ def _settled(plan: Plan, k: int) -> Plan:
     return replace(plan, programs=_ANY) if plan.form == "split" else plan
 
 
-def row_plan(logits: Tensor, *, with_grad: bool, alike: bool) -> Plan:
-    """The form for logits (N, K); ``alike``: the vectors of a row of the logits are vectors of the gradient too."""
+def row_plan(logits: Tensor, *, with_grad: bool, alike: bool, options: int) -> Plan:
+    """The form for logits (..., K); ``alike``: the vectors of a row of the logits are vectors of the gradient too;
+    ``options``: 0 if a row is its logits and two numbers, 1 if its classes differ in being finite, 2 if more
+    than z is read or summed of each, or they are no neighbours."""
     machine = machine_of(logits)
-    n, k = logits.shape
+    n, k = logits.shape[:-1].numel(), logits.shape[-1]
     if machine == _INTERPRETER:  # about eight blocks per row at any K, so that small cases take every path
         block = _eighth(k)
         form = "block" if k <= block else "split" if n == 1 else "sweep"
         return _settled(Plan(form, block, 4, programs=machine.sms, splits=4), k)
-    plan = _unsplit(machine, k, logits.element_size(), with_grad, alike)
-    block, warps, _ = _SWEEP[logits.element_size()]
+    plan = _unsplit(machine, k, logits.element_size(), with_grad, alike, options)
+    block, warps, *_ = (_SWEEP if options < 2 else _SWEEP_WITH_OPTIONS)[logits.element_size()]
     if 2 * n * plan.ctas <= machine.sms and k > block:  # rows alone would leave more than half of the SMs idle
         plan = Plan("split", block, warps, splits=-(-2 * machine.sms // n))
     return _settled(plan, k)
@@ -120,16 +127,17 @@ def _eighth(k: int) -> int:
     return max(16, int(triton.next_power_of_2(k)) // 8)
 
 
-def _unsplit(machine: Machine, k: int, itemsize: int, with_grad: bool, alike: bool) -> Plan:
-    block, warps, per_sm = _SWEEP[itemsize]
-    sweep = Plan("sweep", block, warps, programs=machine.sms * per_sm)
+def _unsplit(machine: Machine, k: int, itemsize: int, with_grad: bool, alike: bool, options: int) -> Plan:
+    block, warps, per_sm, registers = (_SWEEP if options < 2 else _SWEEP_WITH_OPTIONS)[itemsize]
+    sweep = Plan("sweep", block, warps, programs=machine.sms * per_sm, registers=registers)
     if not with_grad and k > block:
         return sweep  # it is read once in any case, and smaller blocks overlap better
-    for largest, warps, per_sm in _BLOCK:
+    for largest, warps, per_sm, registers in _BLOCK[:_WITH_OPTIONS] if options else _BLOCK:
         if k <= largest:
-            return Plan("block", max(128, triton.next_power_of_2(k)), warps, programs=machine.sms * per_sm)
-    if not (machine.clusters and alike):
-        return sweep  # a narrow store moves elements between threads first, in a cluster between SMs
+            block, programs = max(128, triton.next_power_of_2(k)), machine.sms * per_sm
+            return Plan("block", block, warps, programs=programs, registers=registers)
+    if options or not (machine.clusters and alike):
+        return sweep  # a narrow access moves elements between threads first, in a cluster between SMs
     part, warps = _CLUSTER[machine.capability[0]]
     ctas = triton.next_power_of_2(k) // part
     return Plan("block", ctas * part, warps, ctas, machine.sms // ctas) if ctas <= _MAX_CTAS else sweep
@@ -153,6 +161,8 @@ def start(kernel: Any, plan: Plan, units: int, arguments: tuple[Any, ...], **con
     """Launch for so many units of work, on the device of the first argument and its current stream."""
     device = arguments[0].device
     options = {"BLOCK": plan.block, "num_warps": plan.warps, "num_ctas": plan.ctas, "enable_fp_fusion": False}
+    if plan.registers is not None:
+        options["maxnreg"] = plan.registers
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         run(kernel, (min(units, plan.programs),), arguments, {**constants, **options})
 

@@ -2,183 +2,186 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .kernels import grad_kernel, merge_kernel, row_kernel, scale_kernel, split_kernel
-from .rows import Rows, aligned_alike, rows_of
+from .kernels import Results, grad_kernel, merge_kernel, row_kernel, scale_kernel, split_kernel
+from .row_math import Structure
+from .rows import Numbers, Targets, aligned_alike, collapsed, rows_of
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-class _Weights(NamedTuple):
-    """The arguments that every operator has besides the logits."""
+class _Call(NamedTuple):
+    """The arguments that every operator has besides the logits, in the order of the schema."""
 
     target: Tensor
+    weight: Tensor | None
+    prior: Tensor | None
     eps: float
     eps_rows: Tensor | None
     row_scale: Tensor | None
     ignore_index: int
+    others: bool
+    finite: bool
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
 
     @property
     def strides(self) -> tuple[int, int]:
         """From row to row, of eps_rows and row_scale: 0 for one value for all rows."""
-        eps, scale = (0 if v is None or v.numel() == 1 else v.stride(0) for v in (self.eps_rows, self.row_scale))
+        eps, scale = (0 if v is None or v.numel() == 1 else 1 for v in (self.eps_rows, self.row_scale))
         return eps, scale
 
 
-def _check(logits: Tensor, row: _Weights) -> None:
+class _Problem:
+    """What the launches of one call share: where its tensors lie, and the arguments made of them."""
+
+    def __init__(self, logits: Tensor, call: _Call, n_stats: int = 0, grad: Tensor | None = None) -> None:
+        self.call, self.n_stats = call, n_stats
+        self.n, self.k = logits.shape[:-1].numel(), logits.shape[-1]
+        x, g, t = collapsed(logits, logits if grad is None else grad, call.target if call.soft else logits)
+        self.x, self.g, soft = rows_of(x), rows_of(g), rows_of(t)
+        self.grad = None if grad is None else self.g.base
+        self.alike, self.t_alike = aligned_alike(self.x, self.g), call.soft and aligned_alike(self.x, soft)
+        target = soft.base if call.soft else call.target
+        self.targets = Targets(target, call.weight, call.prior, call.eps_rows, call.row_scale)
+        logit_scale = None if call.logit_scale == 1.0 else call.logit_scale
+        self.numbers = Numbers(call.eps, call.z_loss, logit_scale, call.softcap)
+        n_inner = None if x.dim() == 2 else x.shape[1]
+        self.layout = (n_inner, self.k, *self.x.layout, *(soft.layout if call.soft else (0, 0, 0, None)))
+
+    @property
+    def options(self) -> int:
+        """How much a kernel holds of a class beside its logit: see ``launch.row_plan``."""
+        call = self.call
+        given = any(value is not None for value in (call.weight, call.prior, *self.numbers[2:]))
+        if given or call.soft or self.n_stats > 1 or self.x.step is not None:
+            return 2
+        return int(call.finite)
+
+    def structure(self, **more: bool) -> Structure:
+        x, call = self.x, self.call
+        given = (call.weight is not None, call.prior is not None, call.soft, call.finite)
+        return Structure(x.vec, x.edges, self.alike, self.t_alike, *given, self.n_stats, **more)
+
+
+def _check(logits: Tensor, call: _Call) -> None:
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"logits: {logits.dtype} is not served by the Triton kernels: float16, bfloat16, float32 are")
-    if row.target.device.type != "cpu":
+    if call.soft or call.target.device.type != "cpu":
         return  # the row becomes NaN instead: looking would stall the device
-    k = logits.shape[1]
-    outside = ((row.target < 0) | (row.target >= k)) & (row.target != row.ignore_index)
+    k = logits.shape[-1]
+    outside = ((call.target < 0) | (call.target >= k)) & (call.target != call.ignore_index)
     if outside.any():
         i = int(outside.nonzero()[0])
-        allowed = f"0 to {k - 1}, or ignore_index {row.ignore_index}"
-        raise IndexError(f"target: {int(row.target[i])} at position {i} is out of range, allowed is {allowed}")
+        allowed = f"0 to {k - 1}, or ignore_index {call.ignore_index}"
+        raise IndexError(f"target: {int(call.target[i])} at position {i} is out of range, allowed is {allowed}")
 
 
-def _run_forward(logits: Tensor, grad: Tensor | None, row: _Weights, with_stats: bool) -> Results:
-    _check(logits, row)
-    n, k = logits.shape
-    n_stats = n if with_stats else 0
-    loss, zmax, logsum = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
-    nll = torch.empty(n_stats, dtype=torch.float32, device=logits.device)
-    prediction = torch.empty(n_stats, dtype=torch.int64, device=logits.device)
-    results = (loss, zmax, logsum, nll, prediction)
+def _run_forward(logits: Tensor, grad: Tensor | None, call: _Call, n_stats: int) -> tuple[Tensor, ...]:
+    _check(logits, call)
+    n = logits.shape[:-1].numel()
+    loss, saved, stats = (
+        torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((n,), (4, n), (n_stats, n))
+    )
+    results = Results(loss, saved, stats, torch.empty(n if n_stats else 0, dtype=torch.int64, device=logits.device))
     if n == 0:
         return results
-    outputs = results if with_stats else (loss, zmax, logsum, None, None)
-    x, g = rows_of(logits), rows_of(logits if grad is None else grad)
-    alike = aligned_alike(x, g)
-    plan = launch.row_plan(logits, with_grad=grad is not None, alike=alike)
+    problem = _Problem(logits, call, n_stats, grad)
+    plan = launch.row_plan(logits, with_grad=grad is not None, alike=problem.alike, options=problem.options)
     if plan.form == "split":
-        _run_split(plan, x, row, outputs)
+        _run_split(plan, problem, results)
         if grad is not None:
-            _run_backward(logits, grad, row, zmax, logsum)
+            _run_backward(logits, grad, call, saved)
         return results
-    launch.start(
-        row_kernel,
-        plan,
-        n,
-        (
-            *(x.base, None if grad is None else g.base, row.target, row.eps, row.eps_rows, row.row_scale, *outputs),
-            *(n, k, x.lead, x.stride, g.lead, g.stride, *row.strides, row.ignore_index),
-        ),
-        VEC=x.vec,
-        EDGES=x.edges,
-        G_ALIGNED=alike,
-        ONE_BLOCK=plan.form == "block",
-    )
+    sizes = (n, *problem.layout, *problem.g.layout, *call.strides, call.ignore_index, int(call.others))
+    pointers = (problem.x.base, problem.grad, problem.targets, results, problem.numbers)
+    constants: dict[str, Any] = {"ONE_BLOCK": plan.form == "block", "S": problem.structure()}
+    launch.start(row_kernel, plan, n, (*pointers, *sizes), **constants)
     return results
 
 
-def _run_split(plan: launch.Plan, x: Rows, row: _Weights, outputs: tuple[Tensor | None, ...]) -> None:
-    n, k = x.base.shape
+def _run_split(plan: launch.Plan, problem: _Problem, results: Results) -> None:
+    n, k, call, S = problem.n, problem.k, problem.call, problem.structure()
     blocks_per_split = -(-k // (plan.block * plan.splits))
     n_splits = -(-k // (plan.block * blocks_per_split))
-    part = torch.empty((4, n, n_splits), dtype=torch.float32, device=x.base.device)
-    k_part = None if outputs[-1] is None else torch.empty((n, n_splits), dtype=torch.int32, device=x.base.device)
-    sizes = (n * n_splits, n_splits, blocks_per_split, k, x.lead, x.stride, row.ignore_index)
-    launch.start(split_kernel, plan, n * n_splits, (x.base, row.target, part, k_part, *sizes), VEC=x.vec, EDGES=x.edges)
-    pointers = (x.base, row.target, row.eps, row.eps_rows, part, k_part, *outputs)
-    sizes = (n * n_splits, n_splits, k, x.lead, x.stride, row.strides[0], row.ignore_index)
-    launch.start(merge_kernel, launch.merge_plan(n_splits), n, (*pointers, *sizes))
+    n_units = n * n_splits
+    part = torch.empty((11, n, n_splits), dtype=torch.float32, device=problem.x.base.device)
+    pointers: tuple[Any, ...] = (problem.x.base, part, problem.targets, problem.numbers)
+    sizes = (n_units, n_splits, blocks_per_split, *problem.layout, call.strides[0], call.ignore_index)
+    launch.start(split_kernel, plan, n_units, (*pointers, *sizes), S=S)
+    pointers = (problem.x.base, part, problem.targets, results, problem.numbers)
+    sizes = (n_units, n_splits, n, *problem.layout, *call.strides, call.ignore_index, int(call.others))
+    launch.start(merge_kernel, launch.merge_plan(n_splits), n, (*pointers, *sizes), S=S)
 
 
-def _run_backward(logits: Tensor, grad: Tensor, row: _Weights, zmax: Tensor, logsum: Tensor) -> None:
-    _check(logits, row)
+def _run_backward(logits: Tensor, grad: Tensor, call: _Call, saved: Tensor, of_target: bool = False) -> None:
+    _check(logits, call)
     if logits.numel() == 0:
         return
-    n, k = logits.shape
-    x, g = rows_of(logits), rows_of(grad)
-    plan = launch.chunk_plan(logits, k)
-    n_chunks = -(-k // plan.block)
-    launch.start(
-        grad_kernel,
-        plan,
-        n * n_chunks,
-        (
-            *(x.base, g.base, row.target, row.eps, row.eps_rows, row.row_scale, zmax, logsum, n * n_chunks, n_chunks),
-            *(k, x.lead, x.stride, g.lead, g.stride, *row.strides, row.ignore_index),
-        ),
-        VEC=x.vec,
-        EDGES=x.edges,
-        G_ALIGNED=aligned_alike(x, g),
-    )
+    problem = _Problem(logits, call, grad=grad)
+    plan = launch.chunk_plan(logits, problem.k)
+    n_chunks = -(-problem.k // plan.block)
+    n_units = problem.n * n_chunks
+    pointers = (problem.x.base, problem.grad, problem.targets, saved, problem.numbers)
+    sizes = (n_units, n_chunks, problem.n, *problem.layout, *problem.g.layout, *call.strides)
+    arguments = (*pointers, *sizes, call.ignore_index, int(call.others))
+    launch.start(grad_kernel, plan, n_units, arguments, S=problem.structure(OF_TARGET=of_target))
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    eps: float,
-    eps_rows: Tensor | None,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, zmax, logsum, nll, prediction, grad); what was not asked for has no elements."""
-    row = _Weights(target, eps, eps_rows, row_scale, ignore_index)
-    grad = torch.empty(logits.shape if with_grad else (0,), dtype=logits.dtype, device=logits.device)
-    return *_run_forward(logits, grad if with_grad else None, row, with_stats), grad
+def forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """(loss, saved, stats, prediction, grad); what was not asked for has no elements."""
+    *call, with_grad, n_stats = arguments
+    grad = torch.empty_like(logits) if with_grad else None
+    results = _run_forward(logits, grad, _Call(*call), n_stats)
+    return *results, logits.new_empty(0) if grad is None else grad
 
 
-def forward_(
-    logits: Tensor,
-    target: Tensor,
-    eps: float,
-    eps_rows: Tensor | None,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    with_stats: bool,
-) -> Results:
+def forward_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """:func:`forward` with the gradient written over the logits."""
-    return _run_forward(logits, logits, _Weights(target, eps, eps_rows, row_scale, ignore_index), with_stats)
+    *call, n_stats = arguments
+    return tuple(_run_forward(logits, logits, _Call(*call), n_stats))
 
 
-def backward(
-    logits: Tensor,
-    target: Tensor,
-    eps: float,
-    eps_rows: Tensor | None,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    zmax: Tensor,
-    logsum: Tensor,
-) -> Tensor:
-    """The gradient that :func:`forward` makes, from its saved (zmax, logsum)."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run_backward(logits, grad, _Weights(target, eps, eps_rows, row_scale, ignore_index), zmax, logsum)
+def backward(logits: Tensor, *arguments: Any) -> Tensor:
+    """The gradient that :func:`forward` makes, from what it saved."""
+    *call, saved = arguments
+    grad = torch.empty_like(logits)
+    _run_backward(logits, grad, _Call(*call), saved)
     return grad
 
 
-def backward_(
-    logits: Tensor,
-    target: Tensor,
-    eps: float,
-    eps_rows: Tensor | None,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    zmax: Tensor,
-    logsum: Tensor,
-) -> None:
+def backward_(logits: Tensor, *arguments: Any) -> None:
     """:func:`backward` with the gradient written over the logits."""
-    _run_backward(logits, logits, _Weights(target, eps, eps_rows, row_scale, ignore_index), zmax, logsum)
+    *call, saved = arguments
+    _run_backward(logits, logits, _Call(*call), saved)
+
+
+def target_grad(logits: Tensor, *arguments: Any) -> Tensor:
+    """The gradient in a target of probabilities."""
+    *given, saved = arguments
+    call = _Call(*given)
+    grad = torch.empty_like(call.target)
+    _run_backward(logits, grad, call, saved, of_target=True)
+    return grad
 
 
 def scale_(grad: Tensor, scale: Tensor) -> None:
     """grad *= scale, a one-element tensor, on the device; nothing is moved where it is 1."""
     if grad.numel() == 0:
         return
-    g = rows_of(grad.detach().view(1, -1) if grad.is_contiguous() else grad)
-    n, k = g.base.shape
+    packed = grad.detach().permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
+    (rows,) = collapsed(packed.view(1, -1) if packed.is_contiguous() else packed)
+    g, k = rows_of(rows), rows.shape[-1]
     plan = launch.chunk_plan(grad, k)
     n_chunks = -(-k // plan.block)
-    sizes = (n * n_chunks, n_chunks, k, g.lead, g.stride)
-    launch.start(scale_kernel, plan, n * n_chunks, (g.base, scale, *sizes), VEC=g.vec, EDGES=g.edges)
+    n_units = rows.shape[:-1].numel() * n_chunks
+    sizes = (n_units, n_chunks, None if rows.dim() == 2 else rows.shape[1], k, *g.layout)
+    launch.start(scale_kernel, plan, n_units, (g.base, scale, *sizes), VEC=g.vec, EDGES=g.edges)

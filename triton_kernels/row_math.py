@@ -1,21 +1,113 @@
 """The maths of a row on the device, under the names of ``labelsmooth_kernels.reference``, which derives it. float32.
 
-A piece of a row is (m, s, d) = (max z, Σ exp(z - m), Σ (z - m)) over n classes; pieces merge by (max, rescaled sum,
-re-shifted sum), so two large numbers are never subtracted, and (zmax, logsum) stay two numbers to the end. A piece that
-is all -inf contributes exactly nothing to s. ``tl.max`` drops a NaN: it is s that carries it, into logsum and thence
-into the loss and every entry of the gradient.
+``Piece`` is what is known of some classes of a row; pieces merge by (max, rescaled sums, re-shifted sums), so two large
+numbers are never subtracted, and (zmax, logsum) stay two numbers to the end. A piece that is all -inf contributes
+exactly nothing to s. ``tl.max`` drops a NaN: it is s that carries it, into logsum and thence into the loss and every
+entry of the gradient. e/n is known only after the whole row where n counts finite classes, so the smoothed part of
+Σ q·(z - m) is kept apart from the target's.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Structure(NamedTuple):
+    """All that the kernels are compiled for, besides dtypes, block size and what is None: eps_rows, row_scale, grad,
+    logit_scale, softcap, n_inner, and class strides of 1."""
+
+    VEC: int
+    """elements of the logits in 16 bytes, 1 for narrow accesses"""
+    EDGES: bool
+    """rows begin or end inside a group of VEC"""
+    G_ALIGNED: bool
+    T_ALIGNED: bool
+    """the groups of the logits are aligned groups of the gradient, of the target"""
+    WEIGHT: bool
+    PRIOR: bool
+    SOFT: bool
+    """the target is a probability per class"""
+    FINITE: bool
+    STATS: int
+    """0, 1 (nll and prediction) or 2 (entropy too)"""
+    OF_TARGET: bool = False
+    """the gradient is that in the target"""
+
+
+class Block(NamedTuple):
+    """Classes in registers: z; t, or whether it is the target's class; w and u, or 1."""
+
+    z: Any
+    t: Any
+    w: Any
+    u: Any
+
+
+class Piece(NamedTuple):
+    """Sums over some classes; those that the structure does not need are 0."""
+
+    m: Any
+    """max z"""
+    s: Any
+    """Σ exp(z - m)"""
+    h: Any
+    """Σ exp(z - m)·(z - m)"""
+    n: Any
+    """Σ u·c; used with ``finite``"""
+    rest: Any
+    rest_d: Any
+    """Σ w·u·c and Σ w·u·c·(z - m)"""
+    soft: Any
+    soft_d: Any
+    """the same of w·t"""
+    plain: Any
+    plain_d: Any
+    """the same of t"""
+    k: Any
+    """the lowest class with z = m"""
+
+
 @triton.jit
-def weights(e, K):
-    """(a, b) of q = a·[k = y] + b: a = 1 - e, b = e/K."""
-    return 1.0 - e, e / K
+def weights(e, n, others):
+    """(a, b) of q = w·(a·t + b·u·c): a = 1 - e, b = e/n; ``others`` spreads over n - 1 classes, without the target."""
+    e = tl.where(others != 0, tl.where(n > 1, e * n / (n - 1), 0.0), e)
+    return 1.0 - e, tl.where(n > 0, e / n, 0.0)
+
+
+@triton.jit
+def term(weight, value):
+    """weight·value, and 0 where the weight is 0: a class without weight contributes nothing even at z = -inf."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
+def _tanh(y):
+    """To two ulp: a polynomial (Cephes) near 0, where 1 - 2/(exp(2|y|) + 1) would cancel."""
+    a = tl.abs(y)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    v = y * y
+    near = (((-5.70498872745e-3 * v + 2.06390887954e-2) * v - 5.37397155531e-2) * v + 1.33314422036e-1) * v
+    near = a + a * (v * (near - 3.33332819422e-1))
+    return tl.where(y < 0, -1.0, 1.0) * tl.where(a < 0.625, near, far)
+
+
+@triton.jit
+def transform(x, logit_scale, softcap):
+    """z = cap(logit_scale·x); -inf is not capped."""
+    z = x if logit_scale is None else x * logit_scale
+    if softcap is not None:
+        z = tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))
+    return z
+
+
+@triton.jit
+def slope(z, softcap):
+    """cap', from the capped z."""
+    tanh = z / softcap
+    return tl.where(z == float("-inf"), 1.0, 1.0 - tanh * tanh)
 
 
 @triton.jit
@@ -30,27 +122,91 @@ def exp_shifted(z, m):
 
 
 @triton.jit
-def piece(b_z, m_z):
-    """(m, s, d) of one block, whose masked lanes hold -inf."""
-    m = tl.max(b_z, 0)
-    shifted_sum = tl.sum(tl.where(m_z, b_z - reference_point(m), 0.0), 0)
-    return m, tl.sum(exp_shifted(b_z, m), 0), shifted_sum
+def spread(b, S: tl.constexpr):
+    """u·c, what smoothing is spread over."""
+    return tl.where(b.z > float("-inf"), b.u, 0.0) if S.FINITE else b.u
 
 
 @triton.jit
-def rescaled(m1, s1, d1, n1, m):
-    """(s, d) of a piece of n1 classes, seen from a maximum m >= m1. A NaN in s1 survives the factor 0 of m1 = -inf."""
-    moved = tl.where(n1 == 0, 0.0, n1 * (m1 - reference_point(m)))  # an empty piece has m1 = -inf, and 0·(-inf) is NaN
-    return s1 * exp_shifted(m1, m), d1 + moved
+def target_weights(b, a, b_rest, S: tl.constexpr):
+    """q, with b_rest = e/n."""
+    b_rest = b_rest * spread(b, S)
+    b_q = a * b.t + b_rest if S.SOFT else tl.where(b.t, a + b_rest, b_rest)
+    return b.w * b_q
 
 
 @triton.jit
-def merge(m1, s1, d1, n1, m2, s2, d2, n2):
-    """(m, s, d) of two pieces together."""
-    m = tl.maximum(m1, m2)
-    s1, d1 = rescaled(m1, s1, d1, n1, m)
-    s2, d2 = rescaled(m2, s2, d2, n2, m)
-    return m, s1 + s2, d1 + d2
+def nothing():
+    """The piece of no classes."""
+    m = float("-inf")
+    k = 1073741824
+    zero = 0.0
+    return Piece(m, zero, zero, zero, zero, zero, zero, zero, zero, zero, k)
+
+
+@triton.jit
+def _sums(b_weight, b_down):
+    return tl.sum(b_weight, 0), tl.sum(term(b_weight, b_down), 0)
+
+
+@triton.jit
+def piece(b, o, m_o, n, VEC: tl.constexpr, S: tl.constexpr):
+    """The piece of one block of n classes, whose masked lanes hold -inf and weights of 0; k is a position of o."""
+    p = nothing()
+    k, h, covered, soft, soft_d, plain, plain_d = p.k, p.h, p.n, p.soft, p.soft_d, p.plain, p.plain_d
+    m = tl.max(b.z, 0)
+    b_exp = exp_shifted(b.z, m)
+    b_down = tl.where(m_o, b.z - reference_point(m), 0.0)
+    if S.STATS > 0:
+        k = first_index(b.z, m, o, m_o, VEC)
+    if S.STATS > 1:
+        h = tl.sum(term(b_exp, b_down), 0)
+    if S.WEIGHT or S.PRIOR or S.FINITE:
+        rest, rest_d = _sums(b.w * spread(b, S), b_down)
+        if S.FINITE:
+            covered = tl.sum(spread(b, S), 0) if S.WEIGHT else rest
+    else:
+        rest, rest_d = n.to(tl.float32), tl.sum(b_down, 0)
+    if S.SOFT:
+        soft, soft_d = _sums(b.w * b.t, b_down)
+        if S.STATS > 0:
+            plain, plain_d = _sums(b.t, b_down)
+    return Piece(m, tl.sum(b_exp, 0), h, covered, rest, rest_d, soft, soft_d, plain, plain_d, k)
+
+
+@triton.jit
+def rescaled(p, m):
+    """A piece seen from a maximum m >= p.m, its own m and k as they are. A NaN in s survives the factor 0 of -inf; an
+    empty piece has p.m = -inf, and 0·(-inf) is NaN: hence ``term``."""
+    down = p.m - reference_point(m)
+    factor = exp_shifted(p.m, m)
+    h = (p.h + term(p.s, down)) * factor
+    rest_d, soft_d, plain_d = p.rest_d + term(p.rest, down), p.soft_d + term(p.soft, down), p.plain_d
+    plain_d += term(p.plain, down)
+    return Piece(p.m, p.s * factor, h, p.n, p.rest, rest_d, p.soft, soft_d, p.plain, plain_d, p.k)
+
+
+@triton.jit
+def merge(p, r):
+    """Two pieces together."""
+    m = tl.maximum(p.m, r.m)
+    k = tl.where(p.m == r.m, tl.minimum(p.k, r.k), tl.where(r.m > p.m, r.k, p.k))
+    p = rescaled(p, m)
+    r = rescaled(r, m)
+    rest, rest_d, soft, soft_d = p.rest + r.rest, p.rest_d + r.rest_d, p.soft + r.soft, p.soft_d + r.soft_d
+    return Piece(
+        m, p.s + r.s, p.h + r.h, p.n + r.n, rest, rest_d, soft, soft_d, p.plain + r.plain, p.plain_d + r.plain_d, k
+    )
+
+
+@triton.jit
+def merge_all(b, m_b):
+    """A block of pieces together."""
+    m = tl.max(b.m, 0)
+    r = rescaled(b, m)
+    s, h, n, rest, rest_d = tl.sum(r.s, 0), tl.sum(r.h, 0), tl.sum(r.n, 0), tl.sum(r.rest, 0), tl.sum(r.rest_d, 0)
+    soft, soft_d, plain, plain_d = tl.sum(r.soft, 0), tl.sum(r.soft_d, 0), tl.sum(r.plain, 0), tl.sum(r.plain_d, 0)
+    return Piece(m, s, h, n, rest, rest_d, soft, soft_d, plain, plain_d, first_index(b.m, m, b.k, m_b, 1))
 
 
 @triton.jit
@@ -62,23 +218,29 @@ def first_index(b_z, m, o, m_z, VEC: tl.constexpr):
 
 
 @triton.jit
-def merge_index(m1, k1, m2, k2):
-    return tl.where(m1 == m2, tl.minimum(k1, k2), tl.where(m2 > m1, k2, k1))
+def with_target(p, z_y, w_y):
+    """A whole row with the sums over its index target, whose logit and weight these are."""
+    down = z_y - p.m
+    return Piece(p.m, p.s, p.h, p.n, p.rest, p.rest_d, w_y, term(w_y, down), 1.0, down, p.k)
 
 
 @triton.jit
-def term(weight, value):
-    """weight·value, and 0 where the weight is 0: a class without weight contributes nothing even at z = -inf."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
+def row_loss(p, logsum, mass, a, b, z_loss):
+    """M·logsum - Σ q·(z - zmax) + z_loss·lse²."""
+    lse = p.m + logsum
+    return mass * logsum - (term(a, p.soft_d) + term(b, p.rest_d)) + term(z_loss, lse * lse)
 
 
 @triton.jit
-def row_loss(zmax, logsum, z_y, d, a, b):
-    """logsum - Σ q·(z - zmax), with d = Σ (z - zmax)."""
-    return logsum - (term(a, z_y - zmax) + term(b, d))
+def dz(b, row, S: tl.constexpr):
+    """(M + 2·z_loss·lse)·p - q, the first factor being row.mass. A row of all -inf has no p: its zmax is used as it is,
+    so that every entry becomes NaN."""
+    return row.mass * tl.exp((b.z - row.zmax) - row.logsum) - target_weights(b, row.a, row.b, S)
 
 
 @triton.jit
-def dz(b_z, zmax, logsum, is_target, a, b):
-    """p - q. A row of all -inf has no p: its zmax is used as it is, so that every entry becomes NaN."""
-    return tl.exp((b_z - zmax) - logsum) - tl.where(is_target, a + b, b)
+def dt(b, row, S: tl.constexpr):
+    """The gradient in the target's probabilities, (1 - e)·w·(logsum - (z - zmax))."""
+    b_q = target_weights(b, row.a, row.b, S)
+    b_down = tl.where((b_q == 0.0) & (b.z == float("-inf")), 0.0, b.z - row.zmax)
+    return row.a * b.w * (row.logsum - b_down)
