@@ -38,10 +38,11 @@ sanitize: .venv/built
 	LABELSMOOTH_BUILD=sanitize $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(OUT)/sanitize .
 	PYTHONPATH=$(OUT)/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p no:cacheprovider -k "cpu-cpu" \
-	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py $(PYTEST)
+	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py
 
 bench: .venv/built
 	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.options
 
 # On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network.
 gpu:

@@ -85,8 +85,8 @@ def plan_provider(case: Case, name: str, choice: dict[str, Any]) -> Provider:
 
     def step(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         with launch.override(**choice) if choice else contextlib.nullcontext():
-            row = (inputs.target, EPS, None, scale, -100)
-            loss, *_, grad = kernels.forward(inputs.logits.detach(), *row, case.backward, False)
+            row = (inputs.target, None, None, EPS, None, scale, -100, False, False, 0.0, 1.0, None)
+            loss, *_, grad = kernels.forward(inputs.logits.detach(), *row, case.backward, 0)
         return loss.mean(), grad if case.backward else None
 
     return Provider(name, step, exact=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .spec import Rows
+from .spec import Rows, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,9 @@ def row_arguments(rows: Rows, row_scale: Tensor | None) -> tuple[object, ...]:
 
 def _refuse_overwritten(spec: LossSpec) -> None:
     if spec.inplace:
-        raise RuntimeError("create_graph=True needs the logits, which inplace=True overwrites: use inplace=False")
+        raise RuntimeError(
+            "create_graph=True and torch.func need the logits, which inplace=True overwrites: use inplace=False"
+        )
 
 
 def _graph_is_kept() -> bool:
@@ -75,14 +77,14 @@ class OnePass(torch.autograd.Function):
         if spec.inplace:
             loss, saved, *stats = kernels.forward_(logits, *call, spec.n_stats)
             torch.autograd.graph.increment_version(logits)
-            ctx.grad = logits.detach()
+            grad = logits.detach()
         else:
-            loss, saved, *stats, ctx.grad = kernels.forward(logits, *call, True, spec.n_stats)
-        # Tensors that the caller holds too go where autograd watches their versions, and are freed with the graph.
-        eps = rows.eps if isinstance(rows.eps, Tensor) else None
-        ctx.save_for_backward(None if spec.inplace else logits, rows.target, rows.weight, rows.prior, eps, saved)
-        ctx.spec, ctx.eps = spec, None if eps is not None else rows.eps
-        ctx.version, ctx.scale, ctx.kernels = ctx.grad._version, scale, kernels
+            loss, saved, *stats, grad = kernels.forward(logits, *call, True, spec.n_stats)
+        # All of it where autograd watches versions, checkpointing drops and hooks offload, and freed with the graph.
+        ctx.number, eps = (None, rows.eps) if isinstance(rows.eps, Tensor) else (rows.eps, None)
+        inputs = (None if spec.inplace else logits, rows.target, rows.weight, rows.prior, eps)
+        ctx.save_for_backward(*inputs, saved, scale, grad)
+        ctx.spec, ctx.kernels = spec, kernels
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved, *stats)
         total = loss.sum() if rows.row_weight is None else (loss * rows.row_weight).sum()
@@ -92,20 +94,15 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, None, None, None]:
         if upstream is None:
             return None, None, None, None
-        if torch.is_grad_enabled():
+        *tensors, scale, grad = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed():
             _refuse_overwritten(ctx.spec)
-            tensors, n = ctx.saved_tensors, ctx.saved_tensors[-1].shape[1]
-            scaled = (upstream if ctx.scale is None else upstream * ctx.scale).expand(n)
-            grad = Gradient.apply(*tensors, scaled, ctx.eps, ctx.spec, ctx.kernels, LOGITS)  # type: ignore[no-untyped-call]
-            return grad, None, None, None
-        if ctx.grad is None:
-            raise RuntimeError("backward through this loss a second time: pass retain_graph=True to the first backward")
-        if ctx.grad._version != ctx.version:
-            raise RuntimeError("the logits hold the gradient (inplace=True) and were modified by an inplace operation")
-        if _graph_is_kept():
-            return ctx.grad * upstream, None, None, None
-        grad, ctx.grad = ctx.grad, None
-        ctx.kernels.scale_(grad, upstream)
+            scaled = (upstream if scale is None else upstream * scale).expand(tensors[-1].shape[1])
+            grad = Gradient.apply(*tensors, scaled, ctx.number, ctx.spec, ctx.kernels, LOGITS)  # type: ignore[no-untyped-call]
+        elif _graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+            grad = grad * upstream
+        else:
+            ctx.kernels.scale_(grad, upstream)
         return grad, None, None, None
 
 
@@ -146,7 +143,7 @@ class RowLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 8
         spec, tensors, kernels = ctx.spec, ctx.saved_tensors, ctx.kernels
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             _refuse_overwritten(spec)
             shared = (*tensors, upstream, ctx.number, spec, kernels)
             grads = (Gradient.apply(*shared, of) if ctx.needs_input_grad[of] else None for of in (LOGITS, TARGET))  # type: ignore[no-untyped-call]
@@ -180,14 +177,18 @@ class TransformableRowLoss(RowLoss):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_tangents_of_options(tangents[2:5])
         tensors = ctx.saved_tensors
+        ones = torch.ones_like(tensors[-1][0])
         loss_tangent = None
         for of in (LOGITS, TARGET):
-            if tangents[of] is None:
+            tangent = tangents[of]
+            if tangent is None:
                 continue
-            n = tensors[-1].shape[-1]
-            ones = tensors[-1].new_ones(n)
-            grad = Gradient.apply(*tensors, ones, ctx.number, ctx.spec, ctx.kernels, of)  # type: ignore[no-untyped-call]
-            along = (grad.to(ones.dtype) * tangents[of]).sum(-1).reshape(n)
+            # Σ dz = 0 leaves the sum over a row to its roundings: nothing in half precision until it is taken.
+            wide = (t.to(ones.dtype) if i == of else t for i, t in enumerate(tensors))
+            grad = Gradient.apply(*wide, ones, ctx.number, ctx.spec, ctx.kernels, of)  # type: ignore[no-untyped-call]
+            along = (grad * tangent.to(ones.dtype)).sum(-1).reshape(ones.shape)
+            if not tensors[TARGET].is_floating_point():
+                along = torch.where(tensors[TARGET] == ctx.spec.ignore_index, 0.0, along)
             loss_tangent = along if loss_tangent is None else loss_tangent + along
         return loss_tangent, None, None, None
 

@@ -12,7 +12,17 @@ from torch import Tensor
 from . import backends, ops, reference
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
-from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, traced, transformed
+from .spec import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    ArgumentError,
+    LossSpec,
+    Rows,
+    accumulate_dtype,
+    require,
+    traced,
+    transformed,
+)
 
 CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
 """The environment variable that makes an out-of-range target raise on a GPU too; looking synchronises."""
@@ -75,7 +85,9 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         row_weight: a factor for every row's loss, of the shape of target.
         normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
             never synced.
-        inplace: let the gradient overwrite ``input`` (or the copy that its layout needs); misuse is noticed and raises.
+        inplace: let the gradient overwrite ``input`` (or the copy that its layout needs): with a mean or a sum the
+            logits are gone once the loss is returned. Autograd raises where their old values, or the gradient, are
+            missed.
         return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
             target; ``"entropy"`` adds the entropy of p.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
@@ -137,6 +149,8 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
     class_dim = _class_dim(input, target, spec) % input.dim()
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
+    if num_classes == 0 and (n or target.numel()):
+        raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
     _check_target(input, target, shape)
     probabilities = target.is_floating_point()
     if probabilities and spec.ignore_index >= 0:
@@ -162,7 +176,7 @@ def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch
         eps = _scalar(eps, logits).reshape(1)
     row_weight = None
     if spec.row_weight is not None:
-        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(n)
+        row_weight = _per_row("row_weight", spec.row_weight, shape, logits).expand(n).contiguous()
         if not probabilities:  # an ignored row counts for nothing, whatever its weight is
             row_weight = torch.where(row_target == spec.ignore_index, 0.0, row_weight)
     return Rows(spec, logits, row_target, weight, prior if spec.smooths else None, eps, row_weight), shape
@@ -207,8 +221,6 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
     if not -input.dim() <= class_dim < input.dim():
         raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
     _check_same_device("target", target, input)
-    if input.shape[class_dim] == 0 and input.shape != target.shape and target.numel():
-        raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
     return class_dim
 
 
@@ -220,9 +232,10 @@ def _check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
 def _check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
     """Class indices of ``shape``, or class probabilities of the shape of input."""
     if target.shape == input.shape:
-        if not target.is_floating_point():
+        if target.dtype not in FLOAT_DTYPES:
             raise ArgumentError(
-                f"target of the shape of input holds class probabilities and must be floating point, got {target.dtype}"
+                "target of the shape of input holds class probabilities and must be floating point, of the dtypes "
+                f"{FLOAT_DTYPES}, got {target.dtype}"
             )
         return
     if target.dtype not in INDEX_DTYPES:
@@ -242,6 +255,7 @@ def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | 
     if vector.shape != (num_classes,):
         raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
     _check_same_device(name, vector, logits)
+    require(vector.dtype in FLOAT_DTYPES, name, vector, "a floating-point tensor")
     return vector.to(accumulate_dtype(logits.dtype)).contiguous()
 
 
@@ -254,6 +268,7 @@ def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Te
     if values.numel() == 1:
         values = values.to(logits.device)
     _check_same_device(name, values, logits)
+    require(not values.dtype.is_complex, name, values, "real")
     return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
 
 

@@ -127,7 +127,7 @@ def slope(z: Tensor, spec: LossSpec) -> Tensor | float:
     """dz/dx = s·cap'(s·x) in terms of z = cap(s·x): tanh' = 1 - tanh²."""
     if spec.softcap is None:
         return spec.logit_scale
-    return spec.logit_scale * torch.where(z == -math.inf, 1.0, 1 - (z / spec.softcap).square())
+    return spec.logit_scale * (1 - (torch.where(z == -math.inf, 0.0, z) / spec.softcap).square())
 
 
 def smoothing_distribution(z: Tensor, rows: Rows) -> tuple[Tensor, Tensor | int]:

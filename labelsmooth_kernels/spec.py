@@ -54,11 +54,8 @@ def traced() -> bool:
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise an :class:`ArgumentError` that names the argument, its value and what is allowed, unless ``condition``."""
     if not condition:
-        raise ArgumentError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _describe(value: object) -> object:
-    return f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else value
+        shown = f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
+        raise ArgumentError(f"{name} must be {allowed}, got {shown}")
 
 
 def _is_number(value: object) -> bool:
@@ -92,11 +89,11 @@ class LossSpec:
             value = getattr(self, name)
             require(value is None or isinstance(value, Tensor), name, value, "a tensor or None")
         require(self.backend is None or isinstance(self.backend, str), "backend", self.backend, "a name or None")
-        known = self.return_stats in (False, True, "entropy")
+        known = isinstance(self.return_stats, bool) or self.return_stats == "entropy"
         require(known, "return_stats", self.return_stats, "False, True or 'entropy'")
         _check_epsilon(self.label_smoothing)
         if isinstance(self.smoothing, Tensor):
-            require(self.smoothing.dim() == 1, "smoothing", _describe(self.smoothing), "a prior of shape (K,)")
+            require(self.smoothing.dim() == 1, "smoothing", self.smoothing, "a prior of shape (K,)")
         else:
             require(
                 self.smoothing in ("uniform", "others"),
@@ -130,7 +127,7 @@ class LossSpec:
                 f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}"
             )
         if isinstance(n, Tensor):
-            require(n.numel() == 1, "normalizer", _describe(n), "a number > 0 or a tensor of one element")
+            require(n.numel() == 1, "normalizer", n, "a number > 0 or a tensor of one element")
         else:
             require(
                 _is_number(n) and 0 < n < math.inf, "normalizer", n, "a finite number > 0 or a tensor of one element"
@@ -157,7 +154,8 @@ class LossSpec:
             "z_loss": self.z_loss != 0.0,
             "logit_scale": self.logit_scale != 1.0,
             "softcap": self.softcap is not None,
-            "gradient of weight, label_smoothing or smoothing": any(
+            "gradient of weight, label_smoothing or smoothing": (torch.is_grad_enabled() or transformed())
+            and any(
                 isinstance(t, Tensor) and t.requires_grad for t in (self.weight, self.label_smoothing, self.smoothing)
             ),
             "forward mode inside forward mode": nested_forward_mode(),
@@ -169,13 +167,13 @@ class LossSpec:
 def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
-        require(eps.dtype in FLOAT_DTYPES, "label_smoothing", _describe(eps), "a number or a floating-point tensor")
+        require(eps.dtype in FLOAT_DTYPES, "label_smoothing", eps, "a number or a floating-point tensor")
         if eps.device.type == "cpu" and eps.numel() and not traced():
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf
-            require(good, "label_smoothing", f"values from {smallest} to {largest}", "finite and at most 1 everywhere")
+            require(good, "label_smoothing", (smallest, largest), "finite and at most 1 from its least to its largest")
     else:
-        good = isinstance(eps, int | float) and not isinstance(eps, bool) and -math.inf < eps <= 1
+        good = _is_number(eps) and -math.inf < eps <= 1  # type: ignore[operator]
         require(good, "label_smoothing", eps, "a finite number of at most 1")
 
 

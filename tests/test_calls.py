@@ -63,6 +63,13 @@ def test_the_gradient_of_an_option_is_not_lost(place: Place) -> None:
     assert grad != 0
 
 
+def test_an_option_that_could_learn_costs_nothing_while_it_does_not(fast_place: Place) -> None:
+    x, y = draw(fast_place)
+    weight = torch.nn.Parameter(torch.ones(37, device=x.device))
+    with torch.no_grad():
+        assert lsk.cross_entropy(x, y, weight, backend=fast_place[0]).isfinite()
+
+
 def test_a_fall_to_the_reference_warns_once() -> None:
     backends._choose.cache_clear()
     backends._warn_once.cache_clear()
@@ -90,9 +97,11 @@ def test_the_gradient_with_a_graph_is_the_gradient(backend: str, options: dict[s
     torch.testing.assert_close(graphed[0].detach(), plain[0], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction: str) -> None:
+def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction: str, probabilities: bool) -> None:
     x, y = draw(place)
+    y = torch.softmax(x.flip(0), 1) if probabilities else y
     results = []
     for weight in (torch.tensor(3.0, device=place[1]), torch.full((6,), 3.0, device=place[1])):
         leaf = x.clone().requires_grad_()

@@ -96,6 +96,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {  # what the me
     "smoothing above 1": ((X, Y), {"label_smoothing": 1.5}, r"label_smoothing must be .*at most 1.*1.5"),
     "outside": ((X, Y + 9), {}, "9"),
     "no classes": ((torch.zeros(4, 0), Y), {}, "0"),
+    "complex weight": ((X, Y), {"weight": torch.ones(5, dtype=torch.complex64)}, "weight must be .*complex64"),
     "index target of input's shape": ((X, X.long()), {}, "target .*floating point.*int64"),
     "float index target": ((X, Y.float()), {}, "target of class indices must have .*float32"),
     "bool target": ((X, Y.bool()), {}, "target of class indices must have .*bool"),
@@ -129,6 +130,7 @@ OURS_ALONE = {  # options PyTorch does not have, refused by name
     "row_weight": (torch.ones(3), r"row_weight must have one value or the shape \(4,\) of target, got \(3,\)"),
     "normalizer": (0.0, "normalizer must be a finite number > 0 .*got 0.0"),
     "backend": ("fpga", "backend must be one of .*got 'fpga'"),
+    "label_smoothing": (torch.ones(2, 3), r"label_smoothing must have one value or the shape \(4,\)"),
     "return_stats": ("nll", "return_stats must be False, True or 'entropy', got 'nll'"),
     "ignore_index": (1.5, "ignore_index must be an int, got 1.5"),
 }

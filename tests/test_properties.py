@@ -1,6 +1,6 @@
 """Drawn calls: any shape, dtype, layout and options against the oracle, and what must hold of every one of them.
 
-5,000 examples and more, the same in every run; ``PYTEST="-k properties --hypothesis-profile=random"`` draws others.
+5,000 examples and more, the same in every run; ``HYPOTHESIS_PROFILE=random`` in the environment draws others.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from cases import Place, draw
 from conftest import skip_unless_available
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,6 +134,54 @@ def test_tangents_of_options_are_not_dropped(fast_place: Place) -> None:
     eps = torch.tensor(0.1, device=x.device)
     with pytest.raises((NotImplementedError, lsk.ArgumentError), match="label_smoothing"):
         jvp(lambda e: lsk.cross_entropy(x, y, label_smoothing=e, backend=fast_place[0]), (eps,), (eps,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_under_forward_mode(place: Place, reduction: str) -> None:
+    """Forward over reverse without torch.func: the tangent of the logits, or of the upstream of an earlier loss."""
+    (x, v, _), (y, *_) = batches(place)
+
+    def tangents(loss: Callable[..., Tensor]) -> list[Tensor]:
+        found = []
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
+            (over_reverse,) = torch.autograd.grad(loss(dual, y).sum(), dual)
+            found.append(forward_ad.unpack_dual(over_reverse).tangent)
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf, y)
+        with forward_ad.dual_level():
+            upstream = forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 0.3))
+            (linear,) = torch.autograd.grad(value, leaf, upstream)
+            found.append(forward_ad.unpack_dual(linear).tangent)
+        return found
+
+    same(place, tangents, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tangents_in_half_precision_are_not_rounded_on_the_way(place: Place, dtype: torch.dtype) -> None:
+    """Σ dz = 0: the roundings of a finished gradient would be what is left of its sum."""
+    x, y = draw(place, 4, 700, dtype)
+    v = x.flip(0) + 3
+    tangents = []
+    for loss, own in zip(pair(place), (dtype, torch.float64), strict=True):
+        tangents.append(jvp(lambda x: loss(x, y), (x.to(own),), (v.to(own),))[1].double())  # noqa: B023
+    torch.testing.assert_close(*tangents, rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_tangent_of_an_ignored_row_stays_there(place: Place) -> None:
+    x, y = draw(place, N, K, ignored=2)
+    v = torch.ones_like(x)
+    v[0] = torch.nan
+    assert jvp(lambda x: lsk.cross_entropy(x, y, backend=place[0]), (x,), (v,))[1].isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_of_upstreams(place: Place, reduction: str) -> None:
+    """``torch.autograd.functional.jacobian(vectorize=True)``, ``is_grads_batched``: another vmap than torch.func's."""
+    (x, *_), (y, *_) = batches(place)
+    jacobian = functools.partial(torch.autograd.functional.jacobian, vectorize=True)
+    same(place, lambda loss: jacobian(lambda x: loss(x, y), x), reduction=reduction)
 
 
 # ---- compilers
