@@ -36,7 +36,8 @@ View view_of(const Tensor& t, const char* name, bool written) {
   TORCH_CHECK(dtype < kScalarTypes + kDtypes, name, " must be float16, bfloat16, float32 or float64, got ",
               t.scalar_type());
   TORCH_CHECK(t.dim() == 2 || t.dim() == 3, name, " must have 2 or 3 dimensions, got shape ", t.sizes());
-  TORCH_CHECK(t.size(-1) >= 1 || t.numel() == 0, name, " must have at least one class, got shape ", t.sizes());
+  TORCH_CHECK(t.size(-1) >= 1 || t.size(-2) * (t.dim() == 3 ? t.size(0) : 1) == 0, name,
+              " must have at least one class, got shape ", t.sizes());
   TORCH_CHECK(!written || !overlaps_itself(t), name, " is written in place and must not overlap itself, got strides ",
               t.strides());
   View view;

@@ -56,7 +56,9 @@ struct Call {
 
   bool ignored(int64_t row) const { return target != nullptr && target[row] == ignore_index; }
   bool unread(int64_t row) const { return ignored(row) && prediction == nullptr; }
-  bool transforms() const { return logit_scale != 1 || softcap != 0; }
+  double factor() const { return wide ? logit_scale : float(logit_scale); }  // the scale in the arithmetic
+  // The kernels of the logits as they lie know a positive factor.
+  bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The kernels of the logits' own dtype suffice.
   bool simple() const { return target != nullptr && !rest && !finite && !transforms() && !entropy; }
   Weights<double> row_weights(int64_t row, double count) const { return weights(eps[row], count, others); }

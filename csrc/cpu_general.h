@@ -68,8 +68,15 @@ LSK_INLINE void transpose(Vec<T> (&x)[kWidth<T>]) {
   for (int i = 0; i < kWidth<T>; ++i) {
     if (i & S) continue;
     const Vec<T> low = x[i], high = x[i + S];
+#if defined(__clang__)
+    for (int l = 0; l < kWidth<T>; ++l) {
+      x[i][l] = l & S ? high[l - S] : low[l];
+      x[i + S][l] = l & S ? high[l] : low[l + S];
+    }
+#else
     x[i] = __builtin_shuffle(low, high, even);
     x[i + S] = __builtin_shuffle(low, high, odd);
+#endif
   }
   if constexpr (2 * S < kWidth<T>) transpose<T, 2 * S>(x);
 }
@@ -127,7 +134,7 @@ void transform(const void* logits, void* out, void* slopes, int64_t n, double sc
     if (cap != 0) LSK_EACH(i) {
         const Vec<T> down2 = (Vec<T>)((Bits<T>)v.v[i] | sign);
         const Exp<T> e = exp_parts(down2 < tiny ? tiny : down2);
-        const Vec<T> whole = e.power * e.tail + e.power, r = 1 / (1 + whole);
+        const Vec<T> whole = e.power * e.tail + e.power, r = reciprocal(1 + whole);
         const Vec<T> t = c * (((1 - e.power) - e.power * e.tail) * r);
         const auto masked = v.v[i] == splat<T>(-INFINITY);
         down.v[i] = masked ? splat<T>(1) : whole * r * r * 4;
@@ -138,8 +145,8 @@ void transform(const void* logits, void* out, void* slopes, int64_t n, double sc
   });
 }
 
-// Class vectors r (null: ones) and t (null: none) of a block.
-template <class T>
+// Class vectors r (null: ones) and t (null: none) of a block. Unguarded, 0·(-inf) is NaN and r is not counted.
+template <class T, bool kGuarded>
 struct Classes {
   const T *r, *t;
   Vec<T> hidden;
@@ -148,21 +155,22 @@ struct Classes {
   LSK_MEMBER void add(const Group<T>& z, const Group<T>& x, int64_t k, int64_t n) {
     Group<T> v = {splat<T>(1), splat<T>(1), splat<T>(1), splat<T>(1)};
     if (r != nullptr) v = load_some(r + k, n);
-    LSK_EACH(i) {
-      v.v[i] = z.v[i] == hidden ? Vec<T>{} : v.v[i];
-      if (n < kGroup<T>) v.v[i] = lanes_between<T>(i, 0, n) ? v.v[i] : Vec<T>{};
-    }
+    if (kGuarded) LSK_EACH(i) {
+        v.v[i] = z.v[i] == hidden ? Vec<T>{} : v.v[i];
+        if (n < kGroup<T>) v.v[i] = lanes_between<T>(i, 0, n) ? v.v[i] : Vec<T>{};
+      }
     count(rest, v, x);
     if (t != nullptr) count(given, load_some(t + k, n), x);
   }
   LSK_MEMBER void count(Moments<Vec<T>>& sum, const Group<T>& v, Group<T> x) const {
-    LSK_EACH(i) x.v[i] = v.v[i] == 0 ? Vec<T>{} : v.v[i] * x.v[i];
+    LSK_EACH(i) x.v[i] = kGuarded && v.v[i] == 0 ? Vec<T>{} : v.v[i] * x.v[i];
     sum.mass += total(v);
     sum.dev += total(x);
   }
-  LSK_MEMBER void store(Stats<double>& stats, int64_t) const {
+  LSK_MEMBER void store(Stats<double>& stats, int64_t n) const {
+    if (!kGuarded) stats.rest.mass = double(n);
     for (int l = 0; l < kWidth<T>; ++l) {
-      stats.rest.mass += rest.mass[l];
+      if (kGuarded) stats.rest.mass += rest.mass[l];
       stats.rest.dev += rest.dev[l];
       stats.wt.mass += given.mass[l];
       stats.wt.dev += given.dev[l];
@@ -171,20 +179,37 @@ struct Classes {
 };
 
 template <class T>
-Stats<double> class_block(const void* z, const void* r, const void* t, int64_t n, double masked, const void* ahead) {
-  const Classes<T> classes = {static_cast<const T*>(r), static_cast<const T*>(t), operand<T>(masked)};
-  return block_of(static_cast<const T*>(z), n, ahead, classes);
+Stats<double> class_block(const void* logits, const void* r, const void* t, int64_t n, double scale, double masked,
+                          const void* ahead) {
+  const T *x = static_cast<const T*>(logits), *rest = static_cast<const T*>(r), *given = static_cast<const T*>(t);
+  if (masked != masked) {
+    const Stats<double> s = block_of(x, n, scale, ahead, Classes<T, false>{rest, given, {}});
+    const double dev = s.rest.dev + s.wt.dev;
+    if (dev - dev == 0) return s;
+  }
+  return block_of(x, n, scale, ahead, Classes<T, true>{rest, given, operand<T>(masked)});
 }
 
 template <class T>
-double spread(const void* logits, int64_t n, double shift) {
-  const T* z = static_cast<const T*>(logits);
-  const Vec<T> m = operand<T>(shift);
+double sum(const void* values, int64_t n) {
+  const T* v = static_cast<const T*>(values);
+  Vec<T> sums = {};
+  for_groups<T>(
+      n, [&](int64_t k, int64_t count) __attribute__((always_inline)) { sums += total(load_some(v + k, count)); });
+  double all = 0;
+  for (int l = 0; l < kWidth<T>; ++l) all += sums[l];
+  return all;
+}
+
+template <class T>
+double spread(const void* logits, int64_t n, double scale, double shift) {
+  const T* x = static_cast<const T*>(logits);
+  const Vec<T> factor = operand<T>(scale), m = operand<T>(shift);
   Group<T> sum = {};
   for_groups<T>(n, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
-    const Group<T> x = load_some(z + k, count);
+    const Group<T> v = load_some(x + k, count);
     LSK_EACH(i) {
-      Vec<T> d = x.v[i] - m;
+      Vec<T> d = v.v[i] * factor - m;
       if (count < kGroup<T>) d = lanes_between<T>(i, 0, count) ? d : Vec<T>{};
       const Vec<T> e = exp_nonpositive(d);
       sum.v[i] += e == 0 ? Vec<T>{} : e * d;
@@ -215,8 +240,17 @@ void mix(const void* logits, const void* targets, const void* rest, void* mixed,
 }
 
 template <class T>
-void class_gradient(const void* z, const void* r, void* g, int64_t n, int64_t target, const GradientRow& row) {
-  Gradient<T>(row).row(static_cast<const T*>(z), static_cast<const T*>(r), static_cast<T*>(g), n, target);
+void class_gradient(const void* logits, const void* rest, const void* slopes, void* grad, int64_t n, int64_t target,
+                    const GradientRow& row) {
+  const T *x = static_cast<const T*>(logits), *r = static_cast<const T*>(rest), *slope = static_cast<const T*>(slopes);
+  T* g = static_cast<T*>(grad);
+  const Gradient<T> rule(row);
+  if (r == nullptr)
+    rule.row(x, nullptr, slope, g, n, target);
+  else if (slope == nullptr)
+    rule.row(x, r, nullptr, g, n, target);
+  else
+    rule.row(x, r, slope, g, n, target);
 }
 
 template <class T>
@@ -229,7 +263,7 @@ void target_gradient(const void* logits, const void* weights, void* grad, int64_
     const Group<T> v = load_some(q + k, count);
     LSK_EACH(i) {
       const auto absent = (v.v[i] == 0) & (x.v[i] == splat<T>(-INFINITY));
-      x.v[i] = rule.factor * (rule.logsum - (absent ? Vec<T>{} : x.v[i] - rule.zmax));
+      x.v[i] = rule.factor * (rule.logsum - (absent ? Vec<T>{} : x.v[i] * rule.scale - rule.zmax));
     }
     store_some(g + k, count, x);
   });
@@ -254,7 +288,7 @@ constexpr RowKernels row_kernels() {
 
 template <class T>
 constexpr BlockKernels block_kernels() {
-  return {transform<T>, class_block<T>, spread<T>, mix<T>, class_gradient<T>, target_gradient<T>, multiply<T>};
+  return {transform<T>, class_block<T>, sum<T>, spread<T>, mix<T>, class_gradient<T>, target_gradient<T>, multiply<T>};
 }
 
 constexpr Kernels kTable = {{row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},

@@ -39,6 +39,7 @@ const InstructionSet& instruction_set() {
 }
 
 const RowKernels& rows_of(Dtype dtype) { return instruction_set().kernels->rows[dtype]; }
+const BlockKernels& blocks_of(const Call& call) { return instruction_set().kernels->blocks[call.wide]; }
 
 // How a call is cut. Where classes are not adjacent, a tile takes the rows that share its cache lines. A block stays in
 // a first-level cache between the sweeps over it (a second-level cache for a tile of many rows).
@@ -46,6 +47,7 @@ struct Plan {
   const Call& call;
   bool simple, strided;
   int64_t tile_rows, tiles_per_inner, tiles, block, blocks;
+  std::vector<double> masses;  // Σ r of each block where it is every row's
 
   explicit Plan(const Call& c)
       : call(c),
@@ -55,11 +57,12 @@ struct Plan {
         tile_rows(strided ? 64 / c.logits.element : 1),
         tiles_per_inner((c.logits.inner + tile_rows - 1) / tile_rows),
         tiles(c.logits.inner == 0 ? 0 : c.n / c.logits.inner * tiles_per_inner),
-        block((strided  ? 1
-               : simple ? 4
-                        : 2) *
-              1024),
-        blocks((c.k + block - 1) / block) {}
+        block((strided ? 1 : 4) * 1024),
+        blocks((c.k + block - 1) / block) {
+    if (!call.rest || call.finite) return;
+    for (int64_t k = 0; k < call.k; k += block)
+      masses.push_back(blocks_of(call).sum(call.rest.at(k), std::min(block, call.k - k)));
+  }
 
   // Too few tiles to keep the threads evenly busy.
   bool split() const { return blocks > 1 && tiles < 4 * at::get_num_threads(); }
@@ -95,7 +98,7 @@ class Worker {
  private:
   int64_t offset(const Piece& p) const { return keep_ ? p.begin * width_ : 0; }
   char* own(const Piece& p, int64_t r) const { return z_ + r * pitch_ * width_ + offset(p); }
-  char* slope(const Piece& p) const { return slope_ + offset(p); }
+  char* slope(const Piece& p) const { return call_.softcap == 0 ? nullptr : slope_ + offset(p); }
   double masked() const { return call_.finite ? -INFINITY : NAN; }
 
   static Tile tile_of(const View& view, const Piece& p) { return {p.rows, p.n, view.row_stride, view.class_stride}; }
@@ -106,7 +109,7 @@ class Worker {
   const char* transformed(const Piece& p, int64_t r) {
     const char* x = native_ ? call_.logits.at(p.row + r, p.begin) : own(p, r);
     if (!call_.transforms()) return x;
-    blocks_.transform(x, own(p, r), call_.softcap == 0 ? nullptr : slope(p), p.n, call_.logit_scale, call_.softcap);
+    blocks_.transform(x, own(p, r), slope(p), p.n, call_.logit_scale, call_.softcap);
     return own(p, r);
   }
 
@@ -143,6 +146,7 @@ class Worker {
   const bool keep_;
   const Dtype acc_;
   const int64_t width_;  // bytes of an element of the arithmetic
+  const double scale_;   // the factor of what the kernels are given: 1 after a transform
   const BlockKernels& blocks_;
   const bool native_;  // the logits are worked on where they lie, in their dtype
   const RowKernels& rows_;
@@ -159,7 +163,8 @@ Worker::Worker(const Plan& plan, bool keep)
       keep_(keep),
       acc_(call_.wide ? kFloat64 : kFloat32),
       width_(call_.wide ? 8 : 4),
-      blocks_(instruction_set().kernels->blocks[call_.wide]),
+      scale_(call_.transforms() ? 1 : call_.factor()),
+      blocks_(blocks_of(call_)),
       native_(call_.logits.class_stride == 1 && (call_.logits.dtype == acc_ || (plan.simple && !plan.strided))),
       rows_(rows_of(native_ ? call_.logits.dtype : acc_)),
       element_(native_ ? call_.logits.element : width_),
@@ -204,22 +209,23 @@ Stats<double> Worker::row_stats(const Piece& p, int64_t r) {
   const char* ahead = plan_.strided ? z : call_.logits.at(p.row + r, p.begin + p.n);
   const char* classes = call_.rest.at(p.begin);
   Stats<double> s = classes != nullptr || call_.finite || call_.probabilities
-                        ? blocks_.block(z, classes, weighted_given(p, r), p.n, masked(), ahead)
-                        : rows_.block(z, p.n, ahead);
+                        ? blocks_.block(z, classes, weighted_given(p, r), p.n, scale_, masked(), ahead)
+                        : rows_.block(z, p.n, scale_, ahead);
+  if (!plan_.masses.empty()) s.rest.mass = plan_.masses[p.begin / plan_.block];
   const double shift = origin(s.max);
   s.cover = s.rest.mass;
   if (call_.finite && call_.weight)
-    s.cover = blocks_.block(z, call_.prior.at(p.begin), nullptr, p.n, masked(), z).rest.mass;
+    s.cover = blocks_.block(z, call_.prior.at(p.begin), nullptr, p.n, scale_, masked(), z).rest.mass;
   const int64_t y = hot(p, p.row + r);
   if (y >= 0) {
-    const double zy = rows_.value(z + y * element_) - shift, wy = call_.weight[p.begin + y];
+    const double zy = std::fma(rows_.value(z + y * element_), scale_, -shift), wy = call_.weight[p.begin + y];
     s.t = {1, zy};
     s.wt = {wy, weighted(wy, zy)};
   } else if (call_.probabilities && call_.nll) {
-    s.t = call_.weight ? blocks_.block(z, nullptr, given(p, r), p.n, NAN, z).wt : s.wt;
+    s.t = call_.weight ? blocks_.block(z, nullptr, given(p, r), p.n, scale_, NAN, z).wt : s.wt;
   }
-  if (call_.entropy) s.spread = blocks_.spread(z, p.n, shift);
-  if (call_.prediction != nullptr) s.best = p.begin + std::min(rows_.find(z, p.n, s.max), p.n - 1);
+  if (call_.entropy) s.spread = blocks_.spread(z, p.n, scale_, shift);
+  if (call_.prediction != nullptr) s.best = p.begin + std::min(rows_.find(z, p.n, scale_, s.max), p.n - 1);
   return s;
 }
 
@@ -228,8 +234,8 @@ void Worker::row_gradient(const Piece& p, int64_t r, char* g) {
   const char* z = keep_ ? own(p, r) : transformed(p, r);
   const Weights<double> w = call_.row_weights(row, call_.count[row]);
   const double zmax = call_.zmax[row], logsum = call_.logsum[row];
-  GradientRow rule = {zmax, logsum, call_.mass[row] + 2 * call_.z_loss * (zmax + logsum),
-                      0,    w.b,    call_.scale[row] * call_.logit_scale};
+  const double mass = call_.mass[row] + 2 * call_.z_loss * (zmax + logsum);
+  GradientRow rule = {scale_, zmax, logsum, mass, 0, w.b, call_.scale[row] * call_.logit_scale};
   const int64_t y = hot(p, row);
   if (y >= 0) {
     const bool covered = !call_.finite || rows_.value(z + y * element_) > -INFINITY;
@@ -241,11 +247,10 @@ void Worker::row_gradient(const Piece& p, int64_t r, char* g) {
     classes = q_;
     rule.q_rest = 1;
   }
-  if (classes != nullptr)
-    blocks_.gradient(z, classes, g, p.n, y, rule);
+  if (classes != nullptr || call_.softcap != 0)
+    blocks_.gradient(z, classes, slope(p), g, p.n, y, rule);
   else
     rows_.gradient(z, g, p.n, y, rule);
-  if (call_.softcap != 0) blocks_.multiply(g, slope(p), g, p.n);
 }
 
 void Worker::row_target_gradient(const Piece& p, int64_t r, char* g) {
@@ -253,7 +258,7 @@ void Worker::row_target_gradient(const Piece& p, int64_t r, char* g) {
   const char* z = transformed(p, r);
   const Weights<double> w = call_.row_weights(row, call_.count[row]);
   mix(p, r, z, w);
-  blocks_.target_gradient(z, q_, g, p.n, {call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a});
+  blocks_.target_gradient(z, q_, g, p.n, {scale_, call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a});
   if (call_.weight) blocks_.multiply(g, call_.weight.at(p.begin), g, p.n);
 }
 

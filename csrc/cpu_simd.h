@@ -232,20 +232,33 @@ LSK_INLINE Exp<double> exp_parts(Vec<double> x) {
   return {(Vec<double>)((Bits<double>)shifted << 52), p * r};
 }
 
+// 1/x of a normal number, within 1 ulp or so: a division takes as long as an exponential.
+template <class V>
+LSK_INLINE V reciprocal(V x) {
+#if LSK_SIMD_BYTES == 64
+  if constexpr (sizeof x[0] == 4) {
+    const V y = (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return y + y * (1 - x * y);
+  }
+#endif
+  return 1 / x;
+}
+
 // Below kLowest the result is not a normal number.
 template <class T>
 constexpr T kLowest = -87;
 template <>
 constexpr double kLowest<double> = -708;
 
-// exp(x) for x <= 0, exactly 0 below kLowest, NaN for NaN (every comparison is written so that NaN survives).
-LSK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+// exp(x) for x <= 0, exactly 0 below kLowest and where not `counted`, NaN for NaN (every comparison is written so that
+// NaN survives).
+LSK_INLINE Vec<float> exp_nonpositive(Vec<float> x, Signed<float> counted = ~Signed<float>{}) {
   const Exp<float> e = exp_parts(x);
-  return x < kLowest<float> ? Vec<float>{} : e.power * (1 + e.tail);
+  return x < kLowest<float> ? Vec<float>{} : (counted ? e.power : Vec<float>{}) * (1 + e.tail);
 }
-LSK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+LSK_INLINE Vec<double> exp_nonpositive(Vec<double> x, Signed<double> counted = ~Signed<double>{}) {
   const Exp<double> e = exp_parts(x);
-  return x < kLowest<double> ? Vec<double>{} : e.power * (1 + e.tail);
+  return x < kLowest<double> ? Vec<double>{} : (counted ? e.power : Vec<double>{}) * (1 + e.tail);
 }
 
 }  // namespace

@@ -96,8 +96,8 @@ LSK_INLINE V row_loss(V mass, V logsum, Weights<V> w, const Stats<V>& s, V z_los
 
 // zmax and logsum stay two numbers: their sum would lose the digits of logsum where the logits are large.
 template <class V>
-LSK_INLINE V log_p(V z, V zmax, V logsum) {
-  return (z - zmax) - logsum;
+LSK_INLINE V log_p(V x, V scale, V zmax, V logsum) {
+  return (x * scale - zmax) - logsum;
 }
 
 // mass is M + 2·z_loss·lse.
