@@ -163,7 +163,9 @@ struct Classes {
     if (t != nullptr) count(given, load_some(t + k, n), x);
   }
   LSK_MEMBER void count(Moments<Vec<T>>& sum, const Group<T>& v, Group<T> x) const {
-    LSK_EACH(i) x.v[i] = kGuarded && v.v[i] == 0 ? Vec<T>{} : v.v[i] * x.v[i];
+    // The product comes after the choice, so that both forms contract it alike and give the same bits.
+    if (kGuarded) LSK_EACH(i) x.v[i] = v.v[i] == 0 ? Vec<T>{} : x.v[i];
+    LSK_EACH(i) x.v[i] *= v.v[i];
     sum.mass += total(v);
     sum.dev += total(x);
   }

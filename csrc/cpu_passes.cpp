@@ -41,7 +41,8 @@ const InstructionSet& instruction_set() {
 const RowKernels& rows_of(Dtype dtype) { return instruction_set().kernels->rows[dtype]; }
 const BlockKernels& blocks_of(const Call& call) { return instruction_set().kernels->blocks[call.wide]; }
 
-// How a call is cut. Where classes are not adjacent, a tile takes the rows that share its cache lines. A block stays in
+// How a call is cut. Where classes are not adjacent, a tile takes the rows that share its cache lines; with class
+// vectors two rows, which find a block of them in the first-level cache. A block stays in
 // a first-level cache between the sweeps over it (a second-level cache for a tile of many rows).
 struct Plan {
   const Call& call;
@@ -54,7 +55,9 @@ struct Plan {
         simple(c.simple()),
         strided(c.logits.class_stride != 1 || (c.grad && c.grad.class_stride != 1) ||
                 c.probabilities.class_stride != 1),
-        tile_rows(strided ? 64 / c.logits.element : 1),
+        tile_rows(strided                    ? 64 / c.logits.element
+                  : c.rest && c.softcap == 0 ? 2
+                                             : 1),
         tiles_per_inner((c.logits.inner + tile_rows - 1) / tile_rows),
         tiles(c.logits.inner == 0 ? 0 : c.n / c.logits.inner * tiles_per_inner),
         block((strided ? 1 : 4) * 1024),
