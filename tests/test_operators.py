@@ -46,11 +46,13 @@ def test_r35_targets_outside_where_the_kernel_looks(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(HAS_CUDA, reason="memory that is not touched costs nothing on a CPU only")
 @pytest.mark.parametrize("inplace", [False, True])
-def test_r12_r13_rows_2_31_elements_apart(fast_place: Place, inplace: bool) -> None:
-    """Offsets of rows want 64 bits; of the 8 GB between these rows nothing is touched, so that they cost nothing."""
+@pytest.mark.parametrize("strides", [(2**31 + 5, 1), (1, 2**27 + 1)], ids=["rows", "classes"])
+def test_r12_r13_elements_2_31_apart(fast_place: Place, strides: tuple[int, int], inplace: bool) -> None:
+    """Offsets of rows and classes want 64 bits; of the gigabytes between them nothing is touched, so that they cost
+    nothing."""
     x, y = draw(fast_place, 3, 37, torch.float16, ignored=0)
-    memory = torch.from_numpy(np.empty(2**32 + 100, np.float16))
-    far = memory.as_strided(x.shape, (2**31 + 5, 1)).copy_(x)
+    memory = torch.from_numpy(np.empty(36 * 2**27 + 2**10, np.float16))
+    far = memory.as_strided(x.shape, strides).copy_(x)
     upstream = upstream_for(3, x.device)
     loss, grad = loss_and_grad(fast_place, far, y, upstream, reduction="none", label_smoothing=EPS, inplace=inplace)
     judge(fast_place, x, y, loss, grad, upstream)
