@@ -185,11 +185,11 @@ Stats<double> class_block(const void* logits, const void* r, const void* t, int6
                           const void* ahead) {
   const T *x = static_cast<const T*>(logits), *rest = static_cast<const T*>(r), *given = static_cast<const T*>(t);
   if (masked != masked) {
-    const Stats<double> s = block_of(x, n, scale, ahead, Classes<T, false>{rest, given, {}});
+    const Stats<double> s = block_of<Vec<T>>(x, n, scale, ahead, Classes<T, false>{rest, given, {}});
     const double dev = s.rest.dev + s.wt.dev;
     if (dev - dev == 0) return s;
   }
-  return block_of(x, n, scale, ahead, Classes<T, true>{rest, given, operand<T>(masked)});
+  return block_of<Vec<T>>(x, n, scale, ahead, Classes<T, true>{rest, given, operand<T>(masked)});
 }
 
 template <class T>
@@ -246,7 +246,7 @@ void class_gradient(const void* logits, const void* rest, const void* slopes, vo
                     const GradientRow& row) {
   const T *x = static_cast<const T*>(logits), *r = static_cast<const T*>(rest), *slope = static_cast<const T*>(slopes);
   T* g = static_cast<T*>(grad);
-  const Gradient<T> rule(row);
+  const Gradient<T, Vec<T>> rule(row);
   if (r == nullptr)
     rule.row(x, nullptr, slope, g, n, target);
   else if (slope == nullptr)
@@ -259,7 +259,7 @@ template <class T>
 void target_gradient(const void* logits, const void* weights, void* grad, int64_t n, const GradientRow& row) {
   const T *z = static_cast<const T*>(logits), *q = static_cast<const T*>(weights);
   T* g = static_cast<T*>(grad);
-  const Gradient<T> rule(row);
+  const Gradient<T, Vec<T>> rule(row);
   for_groups<T>(n, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     Group<T> x = load_some(z + k, count);
     const Group<T> v = load_some(q + k, count);

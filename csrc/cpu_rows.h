@@ -10,6 +10,20 @@
 namespace lsk {
 namespace {
 
+// A factor of 1 that the compiler knows: the same bits as a vector of ones, without its register and its products.
+struct One {
+  template <class V>
+  LSK_MEMBER explicit One(V) {}
+};
+template <class V>
+LSK_INLINE V operator*(V x, One) {
+  return x;
+}
+template <class V>
+LSK_INLINE V operator*(One, V x) {
+  return x;
+}
+
 // Σ (z - shift) where every class weighs the same.
 template <class T>
 struct Uniform {
@@ -31,7 +45,8 @@ struct Sums {
   Classes classes;
 
   // n logits from class k on.
-  LSK_MEMBER void add(const Group<T>& x, Vec<T> scale, Vec<T> top, Vec<T> shift, int64_t k, int64_t n) {
+  template <class Scale>
+  LSK_MEMBER void add(const Group<T>& x, Scale scale, Vec<T> top, Vec<T> shift, int64_t k, int64_t n) {
     Group<T> dev, e;
     LSK_EACH(i) {
       dev.v[i] = x.v[i] * scale - shift;
@@ -45,7 +60,7 @@ struct Sums {
   }
 };
 
-template <class T, class Classes>
+template <class Scale, class T, class Classes>
 LSK_INLINE Stats<double> block_of(const T* x, int64_t n, double factor, const void* ahead, const Classes& classes) {
   const int64_t whole = n - n % kGroup<T>;
   const Vec<T> lowest = splat<T>(-INFINITY);
@@ -67,19 +82,22 @@ LSK_INLINE Stats<double> block_of(const T* x, int64_t n, double factor, const vo
   Acc<T> max = -INFINITY;
   for (int l = 0; l < kWidth<T>; ++l) max = m[0][l] > max ? m[0][l] : max;
 
-  const Acc<T> scale = Acc<T>(factor), top = origin(max), zmax = max * scale, shift = top * scale;
+  const Scale scale(splat<T>(Acc<T>(factor)));
+  const Acc<T> highest = origin(max);
+  const Vec<T> top = splat<T>(highest), shift = top * scale;
   Sums<T, Classes> sums = {{}, {}, classes};
   for (int64_t k = 0; k < whole; k += kGroup<T>) {
     // The next block, or row: memory delivers it while these exponentials are computed (a third of the time, measured).
     for (size_t line = 0; line < kGroup<T> * sizeof(T); line += 64)
       __builtin_prefetch(static_cast<const char*>(ahead) + k * sizeof(T) + line);
-    sums.add(Format<T>::load(x + k), splat<T>(scale), splat<T>(top), splat<T>(shift), k, kGroup<T>);
+    sums.add(Format<T>::load(x + k), scale, top, shift, k, kGroup<T>);
   }
-  if (whole < n) sums.add(rest, splat<T>(scale), splat<T>(top), splat<T>(shift), whole, n - whole);
+  if (whole < n) sums.add(rest, scale, top, shift, whole, n - whole);
   const int64_t groups = (n + kGroup<T> - 1) / kGroup<T>;
   Stats<double> stats = no_stats<double>();
-  stats.max = zmax;
-  const double one = exp(fma(double(top), double(scale), -double(shift)));  // what rounding left of the product
+  stats.max = max * Acc<T>(factor);
+  const double one =
+      exp(fma(double(highest), double(Acc<T>(factor)), -double(shift[0])));  // what rounding left of the product
   for (int l = 0; l < kWidth<T>; ++l) stats.sum += double(sums.exp[l]) + (groups * kVectors - sums.others[l]) * one;
   sums.classes.store(stats, n);
   return stats;
@@ -87,7 +105,9 @@ LSK_INLINE Stats<double> block_of(const T* x, int64_t n, double factor, const vo
 
 template <class T>
 Stats<double> block(const void* x, int64_t n, double scale, const void* ahead) {
-  return block_of(static_cast<const T*>(x), n, scale, ahead, Uniform<T>{});
+  const T* z = static_cast<const T*>(x);
+  return scale == 1 ? block_of<One>(z, n, scale, ahead, Uniform<T>{})
+                    : block_of<Vec<T>>(z, n, scale, ahead, Uniform<T>{});
 }
 
 template <class T>
@@ -117,15 +137,17 @@ int64_t find(const void* logits, int64_t n, double scale, double value) {
   return n;
 }
 
-template <class T>
+// Factor: what scale and mass are, vectors or One.
+template <class T, class Factor>
 struct Gradient {
-  Vec<T> scale, zmax, logsum, mass, factor, q_rest, q_target;
+  Factor scale, mass;
+  Vec<T> zmax, logsum, factor, q_rest, q_target;
 
   explicit Gradient(const GradientRow& r)
       : scale(operand<T>(r.scale)),
+        mass(operand<T>(r.mass)),
         zmax(operand<T>(r.zmax)),
         logsum(operand<T>(r.logsum)),
-        mass(operand<T>(r.mass)),
         factor(operand<T>(r.factor)),
         q_rest(operand<T>(r.q_rest)),
         q_target(operand<T>(r.q_target)) {}
@@ -179,7 +201,12 @@ struct Gradient {
 
 template <class T>
 void gradient(const void* z, void* g, int64_t n, int64_t target, const GradientRow& row) {
-  Gradient<T>(row).row(static_cast<const T*>(z), nullptr, nullptr, static_cast<T*>(g), n, target);
+  const T* x = static_cast<const T*>(z);
+  T* out = static_cast<T*>(g);
+  if (row.scale == 1 && row.mass == 1)
+    Gradient<T, One>(row).row(x, nullptr, nullptr, out, n, target);
+  else
+    Gradient<T, Vec<T>>(row).row(x, nullptr, nullptr, out, n, target);
 }
 
 template <class T>

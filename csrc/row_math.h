@@ -95,14 +95,14 @@ LSK_INLINE V row_loss(V mass, V logsum, Weights<V> w, const Stats<V>& s, V z_los
 }
 
 // zmax and logsum stay two numbers: their sum would lose the digits of logsum where the logits are large.
-template <class V>
-LSK_INLINE V log_p(V x, V scale, V zmax, V logsum) {
+template <class V, class Scale>
+LSK_INLINE V log_p(V x, Scale scale, V zmax, V logsum) {
   return (x * scale - zmax) - logsum;
 }
 
 // mass is M + 2·z_loss·lse.
-template <class V>
-LSK_INLINE V dz(V mass, V p, V q) {
+template <class V, class Mass>
+LSK_INLINE V dz(Mass mass, V p, V q) {
   return mass * p - q;
 }
 
