@@ -2,7 +2,8 @@
 
 from . import conventions, functional, reference
 from .functional import cross_entropy
-from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy
+from .linear import Teacher, TopK, linear_cross_entropy
+from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
 from .reference import RowStats
 from .spec import ArgumentError, LossSpec
 
@@ -11,10 +12,14 @@ __all__ = [
     "ArgumentError",
     "CrossEntropyLoss",
     "LabelSmoothingCrossEntropy",
+    "LinearCrossEntropyLoss",
     "LossSpec",
     "RowStats",
+    "Teacher",
+    "TopK",
     "conventions",
     "cross_entropy",
     "functional",
+    "linear_cross_entropy",
     "reference",
 ]

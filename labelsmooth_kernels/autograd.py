@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .ops import RowCall
 from .spec import Rows, transformed
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from .spec import LossSpec
 
 
-def row_arguments(rows: Rows, row_scale: Tensor | None) -> tuple[object, ...]:
-    """What an operator takes between its logits and what is its own."""
+def row_arguments(rows: Rows, row_scale: Tensor | None) -> RowCall:
+    """A call as the operators take it."""
     spec, eps = rows.spec, rows.eps if rows.spec.smooths else 0.0
     number, vector = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
-    return (
+    return RowCall(
         rows.target, rows.weight, rows.prior, number, vector, row_scale, spec.ignore_index, spec.smoothing == "others",
         spec.smooths and spec.smooth_over == "finite", spec.z_loss, spec.logit_scale, spec.softcap,
     )  # fmt: skip
@@ -47,13 +48,13 @@ def _refuse_overwritten(spec: LossSpec) -> None:
         )
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward in progress may run again (retain_graph): then what it needs must stay as it is. A compiled
     backward cannot know, so it takes itself for kept."""
     return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | None:
+def row_scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | None:
     """The factor of every row: one element, one per row, or None for 1."""
     if denominator is None:
         return row_weight
@@ -72,7 +73,7 @@ class OnePass(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, rows: Rows, kernels: Kernels, denominator: Tensor | None
     ) -> tuple[Tensor, ...]:
-        spec, scale = rows.spec, _scale(rows.row_weight, denominator)
+        spec, scale = rows.spec, row_scale(rows.row_weight, denominator)
         call = row_arguments(rows, scale)
         if spec.inplace:
             loss, saved, *stats = kernels.forward_(logits, *call, spec.n_stats)
@@ -99,7 +100,7 @@ class OnePass(torch.autograd.Function):
             _refuse_overwritten(ctx.spec)
             scaled = (upstream if scale is None else upstream * scale).expand(tensors[-1].shape[1])
             grad = Gradient.apply(*tensors, scaled, ctx.number, ctx.spec, ctx.kernels, LOGITS)  # type: ignore[no-untyped-call]
-        elif _graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        elif graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
             grad = grad * upstream
         else:
             ctx.kernels.scale_(grad, upstream)
@@ -155,7 +156,7 @@ class RowLoss(torch.autograd.Function):
         target_grad = kernels.target_grad(*call) if ctx.needs_input_grad[TARGET] else None
         if not ctx.needs_input_grad[LOGITS]:
             return None, target_grad, *(None,) * 6
-        if not spec.inplace or _graph_is_kept():
+        if not spec.inplace or graph_is_kept():
             return kernels.backward(*call), target_grad, *(None,) * 6
         kernels.backward_(*call)
         torch.autograd.graph.increment_version(logits)

@@ -188,3 +188,10 @@ def select(rows: Rows) -> Backend:
     features = rows.spec.features(index_target=rows.index_target)
     name: str = _choose_name(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)
     return BACKENDS[name]
+
+
+def kernels_of(name: str) -> ops.Kernels:
+    """The row operators of a backend that has some."""
+    kernels = BACKENDS[name].kernels
+    assert kernels is not None
+    return kernels

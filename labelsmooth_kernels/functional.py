@@ -19,6 +19,7 @@ from .spec import (
     LossSpec,
     Rows,
     accumulate_dtype,
+    check_index_targets,
     require,
     traced,
     transformed,
@@ -127,11 +128,17 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
 
 def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
-    rows, shape = _prepare(input, target, spec)
+    rows, shape = prepare(input, target, spec)
     chosen = backends.select(rows)
     if os.environ.get(CHECK_TARGETS) == "1" or (chosen.kernels is None and input.device.type == "cpu"):
         check_targets(rows)  # the kernels look for themselves on a CPU
-    reduced, stats = _by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)
+    return shaped(*(_by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)), shape, spec)
+
+
+def shaped(
+    reduced: Tensor, stats: RowStats | None, shape: torch.Size, spec: LossSpec
+) -> Tensor | tuple[Tensor, RowStats]:
+    """The result of a call whose rows have this shape."""
     if spec.reduction == "none":
         reduced = reduced.reshape(shape)
     if stats is None:
@@ -144,7 +151,7 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
 # ---- the gate
 
 
-def _prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
+def prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
     """Check the tensors against each other; returns the call as rows, and the shape of one value per row."""
     class_dim = _class_dim(input, target, spec) % input.dim()
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
@@ -220,11 +227,11 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
     class_dim = 0 if input.dim() == 1 else spec.class_dim
     if not -input.dim() <= class_dim < input.dim():
         raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
-    _check_same_device("target", target, input)
+    check_same_device("target", target, input)
     return class_dim
 
 
-def _check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
     if tensor.device != input.device:
         raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
 
@@ -254,7 +261,7 @@ def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | 
     num_classes = logits.shape[-1]
     if vector.shape != (num_classes,):
         raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
-    _check_same_device(name, vector, logits)
+    check_same_device(name, vector, logits)
     require(vector.dtype in FLOAT_DTYPES, name, vector, "a floating-point tensor")
     return vector.to(accumulate_dtype(logits.dtype)).contiguous()
 
@@ -267,7 +274,7 @@ def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Te
         )
     if values.numel() == 1:
         values = values.to(logits.device)
-    _check_same_device(name, values, logits)
+    check_same_device(name, values, logits)
     require(not values.dtype.is_complex, name, values, "real")
     return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
 
@@ -282,21 +289,14 @@ def _scalar(value: float, logits: Tensor) -> Tensor:
 
 def check_targets(rows: Rows) -> None:
     """Raise IndexError for the first target that is neither a class nor ignore_index (synchronises with a GPU)."""
-    if not rows.index_target or traced():
-        return
-    target, num_classes, ignored = rows.target, rows.logits.shape[-1], rows.spec.ignore_index
-    bad = (target != ignored) & ((target < 0) | (target >= num_classes))
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target must be in [0, {num_classes}) or ignore_index={ignored}, got {int(target[row])} in row {row}"
-        )
+    if rows.index_target and not traced():
+        check_index_targets(rows.target, rows.logits.shape[-1], rows.spec.ignore_index)
 
 
 # ---- from rows to the result
 
 
-def _denominator(rows: Rows) -> Tensor | None:
+def denominator(rows: Rows) -> Tensor | None:
     """What a mean divides by, on the device; None for other reductions."""
     spec = rows.spec
     if spec.reduction != "mean":
@@ -308,18 +308,18 @@ def _denominator(rows: Rows) -> Tensor | None:
     return _scalar(spec.normalizer, rows.logits)
 
 
-def _reduce(loss: Tensor, rows: Rows) -> Tensor:
+def reduce(loss: Tensor, rows: Rows) -> Tensor:
     if rows.row_weight is not None:
         loss = loss * rows.row_weight
     if rows.spec.reduction == "none":
         return loss
-    denominator = _denominator(rows)
-    return loss.sum() if denominator is None else loss.sum() / denominator
+    divisor = denominator(rows)
+    return loss.sum() if divisor is None else loss.sum() / divisor
 
 
 def _by_reference(rows: Rows) -> tuple[Tensor, RowStats | None]:
     stats = reference.row_stats(rows) if rows.spec.return_stats else None
-    return _reduce(reference.row_losses(rows), rows), stats
+    return reduce(reference.row_losses(rows), rows), stats
 
 
 def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | None]:
@@ -331,18 +331,18 @@ def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | No
     one_pass = spec.reduction != "none" and logits.dtype != torch.float16 and not grad_of_others
     if plain and not grad_of_logits and not grad_of_others:
         loss, saved, *stats, _ = kernels.forward(logits, *row_arguments(rows, None), False, spec.n_stats)
-        reduced = _reduce(loss, rows)
+        reduced = reduce(loss, rows)
     elif plain and one_pass:
-        reduced, saved, *stats = OnePass.apply(logits, rows, kernels, _denominator(rows))  # type: ignore[no-untyped-call]
+        reduced, saved, *stats = OnePass.apply(logits, rows, kernels, denominator(rows))  # type: ignore[no-untyped-call]
     else:
         number, eps = (0.0, rows.eps) if isinstance(rows.eps, Tensor) else (rows.eps, None)
         tensors = (logits, rows.target, rows.weight, rows.prior, eps)
         form = TransformableRowLoss if transformed() else RowLoss
         loss, saved, *stats = form.apply(*tensors, number, spec, kernels)  # type: ignore[no-untyped-call]
-        reduced = _reduce(loss, rows)
-    return reduced, _row_stats(saved, *stats) if spec.return_stats else None
+        reduced = reduce(loss, rows)
+    return reduced, kernel_stats(saved, *stats) if spec.return_stats else None
 
 
-def _row_stats(saved: Tensor, stats: Tensor, prediction: Tensor) -> RowStats:
+def kernel_stats(saved: Tensor, stats: Tensor, prediction: Tensor) -> RowStats:
     zmax, logsum = saved[:2]
     return RowStats(stats[0], zmax + logsum, (-logsum).exp(), prediction, stats[1] if len(stats) > 1 else None)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .functional import apply_spec
+from .linear import LinearSpec, linear_cross_entropy
 from .spec import LossSpec
 
 if TYPE_CHECKING:
+    from .linear import Teacher, TopK
     from .reference import RowStats
 
 _PER_CALL = ("row_weight", "normalizer")
@@ -61,3 +65,57 @@ class LabelSmoothingCrossEntropy(CrossEntropyLoss):
 
     def __init__(self, eps: float = 0.1, reduction: str = "mean") -> None:
         super().__init__(label_smoothing=eps, reduction=reduction)
+
+
+class LinearCrossEntropyLoss(CrossEntropyLoss):
+    """A linear head and its loss, :func:`labelsmooth_kernels.linear_cross_entropy` as a module; a drop-in for
+    ``torch.nn.LinearCrossEntropyLoss``.
+
+    The head is ``self.linear``, an ``nn.Linear(in_features, num_classes·prod(out_features), bias)``; to tie it to an
+    embedding assign ``loss.linear.weight = embedding.weight``. Options are those of the function, kept as attributes of
+    the same names; shapes, dtypes and errors: see there.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        options: object = None,
+        **loss_options: object,
+    ) -> None:
+        how = {f.name: loss_options.pop(f.name) for f in dataclasses.fields(LinearSpec) if f.name in loss_options}
+        for name in ("class_dim", "inplace"):
+            if name in loss_options:
+                raise TypeError(f"{name} is an option of CrossEntropyLoss: here no logits exist")
+        super().__init__(weight, ignore_index=-100 if ignore_index is None else ignore_index, **loss_options)
+        self.num_classes, self.out_features, self.how = num_classes, tuple(out_features), LinearSpec(**how)  # type: ignore[arg-type]
+        rows = math.prod(self.out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | TopK | Teacher,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        options = {name: getattr(self, name) for name in _DEFAULTS if name not in ("class_dim", "inplace")}
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            row_weight=row_weight,
+            normalizer=normalizer,
+            **dataclasses.asdict(self.how),
+            **options,
+        )

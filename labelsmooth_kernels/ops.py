@@ -50,21 +50,46 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NAMESPACE = "labelsmooth_kernels"
-_ROW = (
+ROW_SCHEMA = (
     "Tensor target, Tensor? weight, Tensor? prior, float eps, Tensor? eps_rows, Tensor? row_scale, int ignore_index, "
     "bool others, bool finite, float z_loss, float logit_scale, float? softcap"
 )
 SCHEMAS = {
-    "forward": f"(Tensor logits, {_ROW}, bool with_grad, int n_stats) -> "
+    "forward": f"(Tensor logits, {ROW_SCHEMA}, bool with_grad, int n_stats) -> "
     "(Tensor loss, Tensor saved, Tensor stats, Tensor prediction, Tensor grad)",
-    "forward_": f"(Tensor(a!) logits, {_ROW}, int n_stats) -> "
+    "forward_": f"(Tensor(a!) logits, {ROW_SCHEMA}, int n_stats) -> "
     "(Tensor loss, Tensor saved, Tensor stats, Tensor prediction)",
-    "backward": f"(Tensor logits, {_ROW}, Tensor saved) -> Tensor grad",
-    "backward_": f"(Tensor(a!) logits, {_ROW}, Tensor saved) -> ()",
-    "target_grad": f"(Tensor logits, {_ROW}, Tensor saved) -> Tensor grad",
+    "backward": f"(Tensor logits, {ROW_SCHEMA}, Tensor saved) -> Tensor grad",
+    "backward_": f"(Tensor(a!) logits, {ROW_SCHEMA}, Tensor saved) -> ()",
+    "target_grad": f"(Tensor logits, {ROW_SCHEMA}, Tensor saved) -> Tensor grad",
     "scale_": "(Tensor(a!) grad, Tensor scale) -> ()",
 }
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+class RowCall(NamedTuple):
+    """What every operator takes between its logits and what is its own, in the order of the schemas."""
+
+    target: Tensor
+    weight: Tensor | None
+    prior: Tensor | None
+    eps: float
+    eps_rows: Tensor | None
+    row_scale: Tensor | None
+    ignore_index: int
+    others: bool
+    finite: bool
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+
+    def of_rows(self, rows: slice | Tensor) -> RowCall:
+        """The same for some of the rows, with their index targets."""
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return values if values is None or values.numel() == 1 else values[rows]
+
+        return self._replace(target=self.target[rows], eps_rows=part(self.eps_rows), row_scale=part(self.row_scale))
 
 
 class Kernels(NamedTuple):
@@ -78,7 +103,7 @@ class Kernels(NamedTuple):
     scale_: Callable[..., None]
 
 
-def _row_fakes(logits: Tensor, n_stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_fakes(logits: Tensor, n_stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = math.prod(logits.shape[:-1])  # Size.numel would make a symbolic size a constant
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, saved, stats = (logits.new_empty(shape, dtype=acc) for shape in ((n,), (4, n), (n_stats, n)))
@@ -88,11 +113,11 @@ def _row_fakes(logits: Tensor, n_stats: int) -> tuple[Tensor, Tensor, Tensor, Te
 def _fake_forward(logits: Tensor, *call: object) -> tuple[Tensor, ...]:
     *_, with_grad, n_stats = call
     grad = torch.empty_like(logits) if with_grad else logits.new_empty(0)
-    return *_row_fakes(logits, int(n_stats)), grad  # type: ignore[call-overload]
+    return *row_fakes(logits, int(n_stats)), grad  # type: ignore[call-overload]
 
 
 def _fake_forward_(logits: Tensor, *call: object) -> tuple[Tensor, ...]:
-    return _row_fakes(logits, int(call[-1]))  # type: ignore[call-overload]
+    return row_fakes(logits, int(call[-1]))  # type: ignore[call-overload]
 
 
 def _fake_backward(logits: Tensor, *call: object) -> Tensor:

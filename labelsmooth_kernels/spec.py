@@ -177,6 +177,16 @@ def _check_epsilon(eps: object) -> None:
         require(good, "label_smoothing", eps, "a finite number of at most 1")
 
 
+def check_index_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise IndexError for the first of the targets (N,) that is neither a class nor ``ignore_index``."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target must be in [0, {num_classes}) or ignore_index={ignore_index}, got {int(target[row])} in row {row}"
+        )
+
+
 class Rows(NamedTuple):
     """One call as rows: what the gate hands to a backend or to the reference. "acc": the dtype of the arithmetic."""
 

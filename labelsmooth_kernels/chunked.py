@@ -1,0 +1,331 @@
+"""The fused linear + loss in chunks of rows: two torch.library operators on top of the row operators.
+
+x = hidden·linear_weightᵀ + linear_bias is never whole. A chunk of its rows is made by one GEMM in a buffer that every
+chunk uses again; a row operator of ``ops`` overwrites it with its gradient; two more GEMMs make of that the chunk's
+rows of d_hidden and its part of d_weight. 6·N·K·D flop, as without a loss; memory beside the demanded gradients: one
+chunk, and where d_weight is of half precision and there are several chunks, its float32 accumulator.
+
+``chunked_forward`` returns (loss, saved, stats, prediction) of ``ops`` and the gradients of Σ row_scale·loss in hidden,
+linear_weight and linear_bias that are ``wanted`` (the others have no elements), each in the dtype of its parameter.
+``chunked_backward`` makes the gradients from ``saved``. ``dtype`` is that of the GEMMs, what its tensors are cast to.
+
+With ``positions`` P > 1, linear_weight is (C·P, D) and a row of hidden has P rows of C logits: (N, C, P) seen as
+(N, P, C). A soft target is given as ``target`` and (indices, teacher_weight, teacher_bias, teacher_scale): nothing else
+for dense probabilities; (N, k) probabilities with the ``indices`` (N, k) of their classes; or a teacher's hidden states
+with its weight and bias, for softmax(teacher_scale·(target·teacher_weightᵀ + teacher_bias)), a chunk at a time as well.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import kernels_of
+from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall, row_fakes
+from .spec import accumulate_dtype, check_index_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEBUG = "LABELSMOOTH_DEBUG"
+"""The environment variable that makes every chunked call print how it is cut."""
+
+
+class Soft(NamedTuple):
+    """What a soft target is made of besides the tensor ``target``."""
+
+    indices: Tensor | None = None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    teacher_scale: float = 1.0
+
+
+class How(NamedTuple):
+    """How a call is computed: nothing here changes what it means."""
+
+    backend: str
+    """of the row operators"""
+    dtype: torch.dtype
+    positions: int
+    chunk_rows: int
+    """0: by ``rows_per_chunk``"""
+    wide: bool
+    """d_weight of half precision is summed over chunks in float32"""
+    skip_ignored: bool
+    """no GEMM for ignored rows: looks at the targets, which synchronises with a GPU"""
+    wanted: list[bool]
+
+
+_ARGUMENTS = (
+    f"(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, {ROW_SCHEMA}, Tensor? indices, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale, str backend, ScalarType dtype, int positions, "
+    "int chunk_rows, bool wide, bool skip_ignored, bool[] wanted, "
+)
+_GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+LIBRARY.define(
+    f"chunked_forward{_ARGUMENTS}int n_stats) -> "
+    f"(Tensor loss, Tensor saved, Tensor stats, Tensor prediction, {_GRADIENTS})"
+)
+LIBRARY.define(f"chunked_backward{_ARGUMENTS}Tensor saved) -> ({_GRADIENTS})")
+
+# A chunk reads and writes the accumulator of d_weight, 8·K·D bytes beside 6·rows·K·D flop: a share of
+# (4/3)·(flop/s ÷ byte/s)/rows of the GEMMs' time, whatever K and D are. With some 15 (float32) and 30 (bfloat16) flop
+# per byte on a CPU and 200 on a GPU these rows keep it below 5 to 10 %; smaller chunks would also make the GEMMs slow.
+_ROWS = {"cpu": 512, "cuda": 2048}
+_MOST_BYTES = 2**30  # of a chunk, unless that leaves fewer rows than
+_FEWEST_ROWS = 64
+_WIDE_GEMM = hasattr(torch.ops.aten.addmm, "dtype_out")  # half precision in, float32 out: on CUDA only
+_PART_BYTES = 2**21  # of d_weight that a chunk's product makes at a time: stays in the second-level cache
+
+
+def rows_per_chunk(n: int, row_bytes: int, device: str, chunk_rows: int = 0) -> int:
+    """How many rows of hidden make a chunk: ``chunk_rows``, or what the model above gives, spread evenly."""
+    if chunk_rows == 0:
+        chunk_rows = max(_FEWEST_ROWS, min(_ROWS.get(device, _ROWS["cuda"]), _MOST_BYTES // max(row_bytes, 1)))
+    if n <= chunk_rows:
+        return max(n, 1)
+    even = math.ceil(n / math.ceil(n / chunk_rows))
+    return min(chunk_rows, math.ceil(even / 16) * 16)
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def dense_target(
+    target: Tensor,
+    soft: Soft,
+    dtype: torch.dtype,
+    classes: int,
+    buffer: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The probabilities (n, K) that top-k rows or a teacher's stand for, in the dtype of the arithmetic: in ``out``, the
+    teacher's logits of ``dtype`` in ``buffer``."""
+    acc = accumulate_dtype(dtype)
+    if soft.indices is not None:
+        zeros = target.new_zeros(len(target), classes, dtype=acc) if out is None else out.zero_()
+        return zeros.scatter_add_(1, soft.indices, target.to(acc))
+    assert soft.teacher_weight is not None
+    bias = None if soft.teacher_bias is None else soft.teacher_bias.to(dtype)
+    logits = _product(target.to(dtype), soft.teacher_weight.to(dtype), bias, buffer)
+    return torch.softmax(logits.mul_(soft.teacher_scale), -1, acc, out=out)
+
+
+class _Problem:
+    """One call: operands in the dtype of the GEMMs, and the buffers that all chunks share."""
+
+    def __init__(self, operands: tuple[Tensor, Tensor, Tensor | None], call: RowCall, soft: Soft, how: How) -> None:
+        hidden, weight, bias = operands
+        self.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
+        self.hidden, self.weight = hidden.to(how.dtype), weight.to(how.dtype)
+        self.bias = None if bias is None else bias.to(how.dtype)
+        self.call, self.soft, self.how, self.acc = call, soft, how, accumulate_dtype(how.dtype)
+        self.n, self.index = len(hidden), not call.target.is_floating_point()
+        self.gathered = soft.indices is not None or soft.teacher_weight is not None
+        if self.index and hidden.device.type == "cpu":
+            check_index_targets(call.target, len(weight) // how.positions, call.ignore_index)
+        row_bytes = len(weight) * (self.hidden.element_size() + (self.acc.itemsize if self.gathered else 0))
+        self.rows = rows_per_chunk(self.n, row_bytes, hidden.device.type, how.chunk_rows)
+        self.buffer = hidden.new_empty(self.rows, len(weight), dtype=how.dtype)
+        self.targets = hidden.new_empty(self.rows if self.gathered else 0, len(weight), dtype=self.acc)
+        if os.environ.get(DEBUG) == "1":
+            print(
+                f"labelsmooth_kernels: {self.n} x {len(weight)} logits of {how.dtype} in chunks of {self.rows} rows, "
+                f"{self.rows * row_bytes / 2**20:.1f} MiB",
+                file=sys.stderr,
+            )
+
+    def chunks(self) -> Iterator[slice]:
+        for begin in range(0, max(self.n, 1), self.rows):
+            yield slice(begin, min(begin + self.rows, self.n))
+
+    def _classes_last(self, x: Tensor) -> Tensor:
+        """The rows of logits that (n, C·P) holds, as a view."""
+        positions = self.how.positions
+        return x if positions == 1 else x.unflatten(1, (-1, positions)).transpose(1, 2)
+
+    def _target(self, chunk: slice) -> Tensor:
+        target, soft = self.call.target[chunk], self.soft
+        if not self.gathered:
+            return target
+        if soft.indices is not None:
+            soft = soft._replace(indices=soft.indices[chunk])
+        n = len(target)
+        return dense_target(target, soft, self.how.dtype, len(self.weight), self.buffer[:n], self.targets[:n])
+
+    def masked_hidden(self, chunk: slice) -> Tensor:
+        """Hidden states with those of ignored rows as zeros: their gradient is 0, and 0·NaN would be NaN."""
+        hidden = self.hidden[chunk]
+        if not self.index or self.how.skip_ignored:
+            return hidden
+        valid = (self.call.target != self.call.ignore_index).unflatten(0, (-1, self.how.positions)).any(1)
+        return torch.where(valid[chunk, None], hidden, 0.0)
+
+    def part(self, chunk: slice) -> tuple[Tensor, Tensor, RowCall]:
+        """The logits of a chunk, (n, C·P) and the same memory as rows of classes; and the call of these rows."""
+        positions = self.how.positions
+        call = self.call.of_rows(slice(chunk.start * positions, chunk.stop * positions))
+        if not self.index:
+            call = call._replace(target=self._target(chunk))
+        x = _product(self.hidden[chunk], self.weight, self.bias, self.buffer[: chunk.stop - chunk.start])
+        return x, self._classes_last(x), call
+
+
+class _Gradients:
+    """d_hidden, d_weight and d_bias as the chunks' gradients come in."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+        want_hidden, self.want_weight, self.want_bias = problem.how.wanted
+        self.hidden = torch.empty_like(problem.hidden) if want_hidden else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, dx: Tensor, chunk: slice) -> None:
+        problem = self.problem
+        if self.hidden is not None:
+            torch.mm(dx, problem.weight, out=self.hidden[chunk])
+        if self.want_bias:
+            part = dx.sum(0, dtype=problem.acc)
+            self.bias = part if self.bias is None else self.bias.add_(part)
+        if self.want_weight:
+            self._add_weight(dx.t(), problem.masked_hidden(chunk))
+
+    def _add_weight(self, dx: Tensor, hidden: Tensor) -> None:
+        problem, first = self.problem, self.weight is None
+        if self.weight is None:
+            rounded_once = problem.rows >= problem.n or not problem.how.wide
+            same = rounded_once and problem.dtypes[1] == dx.dtype
+            self.weight = torch.empty_like(problem.weight, dtype=dx.dtype if same else problem.acc)
+        total = self.weight
+        if total.dtype == dx.dtype:
+            torch.mm(dx, hidden, out=total) if first else total.addmm_(dx, hidden)
+        elif dx.is_cuda and _WIDE_GEMM:
+            start = total.zero_() if first else total
+            torch.addmm(start, dx, hidden, out_dtype=total.dtype, out=total)
+        else:  # the product of each chunk is rounded once, which loses no more than dx lost, being rounded as well
+            classes = max(1, _PART_BYTES // (hidden.shape[1] * hidden.element_size()))
+            for begin in range(0, len(dx), classes):
+                part, product = total[begin : begin + classes], dx[begin : begin + classes] @ hidden
+                part.copy_(product) if first else part.add_(product)
+
+    def finished(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """All three divided by ``factor``, in the dtypes of their parameters; what was not wanted has no elements."""
+
+        def finish(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+            if grad is None:
+                return self.problem.hidden.new_empty(0, dtype=dtype)
+            return (grad if factor is None else grad.to(self.problem.acc).div_(factor)).to(dtype)
+
+        hidden, weight, bias = self.problem.dtypes
+        return finish(self.hidden, hidden), finish(self.weight, weight), finish(self.bias, bias)
+
+
+def _of(arguments: tuple[Any, ...]) -> tuple[RowCall, Soft, How, Any]:
+    """The arguments of an operator behind its operands, grouped."""
+    row, soft = len(RowCall._fields), len(RowCall._fields) + len(Soft._fields)
+    *how, last = arguments[soft:]
+    return RowCall(*arguments[:row]), Soft(*arguments[row:soft]), How(*how), last
+
+
+def _kept(hidden: Tensor, call: RowCall, how: How) -> Tensor | None:
+    """The rows to work on where ignored ones are skipped, or None for all."""
+    if not how.skip_ignored or call.target.is_floating_point() or how.positions > 1:
+        return None
+    keep = (call.target != call.ignore_index).nonzero().squeeze(1)
+    return None if len(keep) == len(hidden) else keep
+
+
+def _spread(values: Tensor, keep: Tensor | None, n: int, dim: int) -> Tensor:
+    """Results of some rows among zeros for the others."""
+    if keep is None or values.numel() == 0:
+        return values
+    shape = (*values.shape[:dim], n, *values.shape[dim + 1 :])
+    return values.new_zeros(shape).index_copy_(dim, keep, values)
+
+
+def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    call, soft, how, n_stats = _of(arguments)
+    n, keep = len(hidden), _kept(hidden, call, how) if n_stats == 0 else None
+    if keep is not None:
+        hidden, call = hidden[keep], call.of_rows(keep)
+    with torch.autocast(hidden.device.type, enabled=False):
+        problem = _Problem((hidden, linear_weight, linear_bias), call, soft, how)
+        kernels, gradients, results = kernels_of(how.backend), _Gradients(problem), []
+        for chunk in problem.chunks():
+            x, logits, part = problem.part(chunk)
+            if any(how.wanted):
+                results.append(kernels.forward_(logits, *part, n_stats))
+                gradients.add(x, chunk)
+            else:
+                results.append(kernels.forward(logits, *part, False, n_stats)[:4])
+        del problem.buffer, problem.targets, x, logits, part  # before the gradients are converted
+        d_hidden, d_weight, d_bias = gradients.finished()
+    loss, saved, stats, prediction = (torch.cat(column, -1) for column in zip(*results, strict=True))
+    loss, saved = _spread(loss, keep, n, 0), _spread(saved, keep, n, 1)
+    return loss, saved, stats, prediction, _spread(d_hidden, keep, n, 0), d_weight, d_bias
+
+
+def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    call, soft, how, saved = _of(arguments)
+    n, keep = len(hidden), _kept(hidden, call, how)
+    if keep is not None:
+        hidden, call, saved = hidden[keep], call.of_rows(keep), saved[:, keep]
+    with torch.autocast(hidden.device.type, enabled=False):
+        factor = None
+        if how.dtype == torch.float16:
+            call, factor = _in_range(call)
+        problem = _Problem((hidden, linear_weight, linear_bias), call, soft, how)
+        kernels, gradients = kernels_of(how.backend), _Gradients(problem)
+        for chunk in problem.chunks():
+            x, logits, part = problem.part(chunk)
+            rows = slice(chunk.start * how.positions, chunk.stop * how.positions)
+            kernels.backward_(logits, *part, saved[:, rows].contiguous())
+            gradients.add(x, chunk)
+        del problem.buffer, problem.targets, x, logits, part
+        d_hidden, d_weight, d_bias = gradients.finished(factor)
+    return _spread(d_hidden, keep, n, 0), d_weight, d_bias
+
+
+def _in_range(call: RowCall) -> tuple[RowCall, Tensor]:
+    """The call with its gradient times a factor, and the factor: entries of p - q are at most 2^8 then, and ε/K, some
+    2^-20, is still a normal number of float16. On the device, without a look at the numbers."""
+    assert call.row_scale is not None
+    size = call.row_scale.abs().amax() if call.row_scale.numel() else call.row_scale.new_ones(())
+    if call.weight is not None:
+        size = size * call.weight.abs().amax()
+    factor = 2.0**8 / (size * (abs(call.logit_scale) or 1.0)).clamp_min(2.0**-100)
+    return call._replace(row_scale=call.row_scale * factor), factor
+
+
+def _fake_gradients(operands: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
+    weight = operands[1]
+    assert weight is not None
+    return tuple(
+        t.new_empty(t.shape) if t is not None and want else (weight if t is None else t).new_empty(0)
+        for t, want in zip(operands, wanted, strict=True)
+    )
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    _, _, how, n_stats = _of(arguments)
+    rows = row_fakes(hidden.new_empty(hidden.shape[0] * how.positions, 1, dtype=how.dtype), n_stats)
+    return *rows, *_fake_gradients((hidden, weight, bias), how.wanted)
+
+
+def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients((hidden, weight, bias), _of(arguments)[2].wanted)
+
+
+for _name, _run, _fake in (("forward", forward, _fake_forward), ("backward", backward, _fake_backward)):
+    torch.library.register_fake(f"{NAMESPACE}::chunked_{_name}", _fake, lib=LIBRARY)
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"chunked_{_name}", _run, _key)
