@@ -213,19 +213,19 @@ class Stopwatch:
         self.pending.clear()
 
 
-def peak_bytes(step: Step, inputs: Inputs) -> int:
-    """Peak of the bytes live beyond the inputs, as the CUDA allocator or the profiler records it."""
-    if inputs.logits.is_cuda:
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """Peak of the bytes live beyond those live before, as the CUDA allocator or the profiler records it."""
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        results = step(inputs)
+        results = step()
         torch.cuda.synchronize()
         del results
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        results = step(inputs)
+        results = step()
     del results
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -241,7 +241,7 @@ def _admit(case: Case, provider: Provider, inputs: Inputs, row: Row) -> bool:
         row.errors, row.refused = gate(case, provider, inputs)
         refill(inputs)
         if row.refused is None:
-            row.extra_bytes = peak_bytes(provider.step, inputs)
+            row.extra_bytes = peak_bytes(lambda: provider.step(inputs), case.device)
             refill(inputs)
     except Exception as error:  # whatever a foreign provider or a compiler raises
         row.refused = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"

@@ -146,12 +146,12 @@ def call_steps(n: int, k: int) -> list[Step]:
     return steps
 
 
-def measure(steps: list[Step], budget_s: float) -> None:
+def measure(steps: list[Any], budget_s: float, least: int = 5) -> None:
     """Interleaved, each round in a new order; results are freed after the clock is read."""
     shuffler, begin = random.Random(0), time.perf_counter()
     for step in steps:
         step.run()
-    while time.perf_counter() - begin < budget_s or len(steps[0].samples_ms) < 5:
+    while time.perf_counter() - begin < budget_s or len(steps[0].samples_ms) < least:
         for step in shuffler.sample(steps, len(steps)):
             start = time.perf_counter()
             result = step.run()

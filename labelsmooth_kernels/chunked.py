@@ -107,8 +107,8 @@ def dense_target(
     buffer: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The probabilities (n, K) that top-k rows or a teacher's stand for, in the dtype of the arithmetic: in ``out``, the
-    teacher's logits of ``dtype`` in ``buffer``."""
+    """The probabilities (n, K) that top-k rows or a teacher's stand for, in the dtype of the arithmetic: in ``out``,
+    the teacher's logits of ``dtype`` in ``buffer``."""
     acc = accumulate_dtype(dtype)
     if soft.indices is not None:
         zeros = target.new_zeros(len(target), classes, dtype=acc) if out is None else out.zero_()
@@ -246,7 +246,7 @@ def _kept(hidden: Tensor, call: RowCall, how: How) -> Tensor | None:
 
 def _spread(values: Tensor, keep: Tensor | None, n: int, dim: int) -> Tensor:
     """Results of some rows among zeros for the others."""
-    if keep is None or values.numel() == 0:
+    if keep is None:
         return values
     shape = (*values.shape[:dim], n, *values.shape[dim + 1 :])
     return values.new_zeros(shape).index_copy_(dim, keep, values)
@@ -271,7 +271,8 @@ def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *
         d_hidden, d_weight, d_bias = gradients.finished()
     loss, saved, stats, prediction = (torch.cat(column, -1) for column in zip(*results, strict=True))
     loss, saved = _spread(loss, keep, n, 0), _spread(saved, keep, n, 1)
-    return loss, saved, stats, prediction, _spread(d_hidden, keep, n, 0), d_weight, d_bias
+    d_hidden = _spread(d_hidden, keep, n, 0) if how.wanted[0] else d_hidden
+    return loss, saved, stats, prediction, d_hidden, d_weight, d_bias
 
 
 def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -292,7 +293,7 @@ def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
             gradients.add(x, chunk)
         del problem.buffer, problem.targets, x, logits, part
         d_hidden, d_weight, d_bias = gradients.finished(factor)
-    return _spread(d_hidden, keep, n, 0), d_weight, d_bias
+    return _spread(d_hidden, keep, n, 0) if how.wanted[0] else d_hidden, d_weight, d_bias
 
 
 def _in_range(call: RowCall) -> tuple[RowCall, Tensor]:

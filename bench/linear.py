@@ -1,0 +1,175 @@
+"""``python -m bench.linear``: the fused linear + loss on the CPU beside three bare GEMMs and PyTorch's own.
+
+Loss and both gradients of a head without bias, ε = 0.1 unless a step says otherwise. A step is timed only if its
+gradients on a few rows are those of F.linear_cross_entropy in float64. Memory is the peak beyond the inputs and the
+demanded gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import labelsmooth_kernels as lsk
+
+from .harness import EPS, describe, peak_bytes, provenance
+from .options import measure
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+F32, BF16 = torch.float32, torch.bfloat16
+# Largest error of a gradient over its largest entry. float32: a product of D terms. bfloat16: logits are rounded.
+LIMITS = {F32: 5e-6, BF16: 4e-2}
+GEMMS, OURS, EAGER = "three GEMMs", "ours", "F.linear_cross_entropy"
+NO_SMOOTHING, PRIOR, CHUNKED = "ours, ε = 0", "ours, prior", "F.linear_cross_entropy, chunked, ε = 0"
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    d: int
+    k: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"N {self.n}, D {self.d}, K {self.k}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass
+class Step:
+    name: str
+    loss: Loss | None  # None: three GEMMs of the same sizes
+    operands: tuple[Tensor, Tensor, Tensor]
+    samples_ms: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+
+    def run(self) -> Any:
+        hidden, weight, target = self.operands
+        if self.loss is None:
+            with torch.no_grad():
+                logits = hidden @ weight.t()
+                return logits @ weight, logits.t() @ hidden
+        return torch.autograd.grad(self.loss(hidden, weight, target), (hidden, weight))
+
+
+def ours(**options: Any) -> Loss:
+    return lambda h, w, y: lsk.linear_cross_entropy(h, w, y, **{"label_smoothing": EPS, "backend": "cpu", **options})
+
+
+def theirs(**options: Any) -> Loss:
+    return lambda h, w, y: F.linear_cross_entropy(h, w, y, **options)
+
+
+def steps_of(case: Case) -> list[Step]:
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(case.n, case.d, generator=rng).to(case.dtype).requires_grad_()
+    weight = (torch.randn(case.k, case.d, generator=rng) * 2 * case.d**-0.5).to(case.dtype).requires_grad_()
+    target = torch.randint(case.k, (case.n,), generator=rng)
+    prior = torch.rand(case.k, generator=rng)
+    prior /= prior.sum()
+    losses: dict[str, Loss | None] = {
+        GEMMS: None,
+        OURS: ours(),
+        NO_SMOOTHING: ours(label_smoothing=0.0),
+        PRIOR: ours(smoothing=prior),
+        EAGER: theirs(label_smoothing=EPS),
+        CHUNKED: theirs(options=torch.nn.LinearCrossEntropyOptions()),
+    }
+    steps = [Step(name, loss, (hidden, weight, target)) for name, loss in losses.items()]
+    for step in steps:
+        if step.loss is not None:
+            check(step, case, prior)
+    return steps
+
+
+def check(step: Step, case: Case, prior: Tensor) -> None:
+    """Raise unless the step's gradients are right on a few rows; ours in several chunks."""
+    hidden, weight, target = (t.detach()[:n] for t, n in zip(step.operands, (48, case.k, 48), strict=True))
+    assert step.loss is not None
+    eps = 0.0 if step.name in (NO_SMOOTHING, CHUNKED) else EPS
+    r = prior if step.name == PRIOR else torch.full_like(prior, 1 / case.k)
+    leaves = tuple(t.clone().requires_grad_() for t in (hidden, weight))
+    got = torch.autograd.grad(step.loss(*leaves, target), leaves)
+    h, w = hidden.double(), weight.double()
+    dx = (h @ w.t()).softmax(-1) - eps * r.double()
+    dx[torch.arange(len(h)), target] -= 1 - eps
+    for name, grad, expected in zip(("hidden", "weight"), got, (dx @ w, dx.t() @ h), strict=True):
+        off = (grad.double() * len(h) - expected).abs().max() / expected.abs().max()
+        limit = LIMITS[case.dtype] * (20 if step.name in (EAGER, CHUNKED) else 1)
+        if not off <= limit:
+            raise SystemExit(f"{step.name}: the gradient of {name} is off by {off:.1e}: no time for a wrong result")
+
+
+def aims(case: Case) -> list[tuple[str, str, str, float, bool]]:
+    """What, above, below, aim, whether the ratio of times must be at least that."""
+    return [
+        ("over the GEMMs", OURS, GEMMS, 1.15 if case.dtype == F32 else 1.30, False),
+        ("times as fast as F.linear_cross_entropy", EAGER, OURS, 1.05, True),
+        ("times as fast as its chunks, which do not smooth", CHUNKED, OURS, 3.0, True),
+        ("smoothing over none", OURS, NO_SMOOTHING, 1.01, False),
+        ("a prior over uniform", PRIOR, OURS, 1.02, False),
+    ]
+
+
+def report(case: Case, steps: list[Step]) -> str:
+    ms = {step.name: statistics.median(step.samples_ms) for step in steps}
+    extra = {step.name: step.extra_bytes or 0 for step in steps}
+    lines = [f"\n{case.name}\n", "| step | ms | memory, MB | rounds |", "|---|---:|---:|---:|"]
+    lines += [f"| {s.name} | {ms[s.name]:.4g} | {extra[s.name] / 1e6:.1f} | {len(s.samples_ms)} |" for s in steps]
+    lines += ["\n| | ratio | aim | |", "|---|---:|---:|---|"]
+    verdicts = [(what, ms[a] / ms[b], aim, at_least) for what, a, b, aim, at_least in aims(case)]
+    verdicts.append(("memory over F.linear_cross_entropy's", extra[OURS] / extra[EAGER], 1 / 8, False))
+    for what, value, aim, at_least in verdicts:
+        met = value >= aim if at_least else value <= aim
+        lines.append(
+            f"| {what} | {value:.3f} | {'≥' if at_least else '≤'} {aim:g} | {'met' if met else '**missed**'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every sample there")
+    parser.add_argument("--quick", action="store_true", help="small cases: shows that it runs")
+    parser.add_argument("--budget", type=float, default=45, metavar="S", help="seconds for the times of a case")
+    arguments = parser.parse_args()
+    n, budget = (96, 0.5) if arguments.quick else (2048, arguments.budget)
+    facts = provenance("cpu")
+    print(describe(facts))
+    records = []
+    for case in [Case(n, 512, k, dtype) for k in (32000, 128256) for dtype in (F32, BF16)]:
+        steps = steps_of(case)
+        for step in steps:
+            gradients = sum(t.numel() * t.element_size() for t in step.operands[:2])
+            step.extra_bytes = peak_bytes(step.run, "cpu") - gradients
+        measure([step for step in steps if step.name != CHUNKED], budget)
+        measure(
+            [step for step in steps if step.name == CHUNKED], 0.0, least=2
+        )  # so slow that it would leave the others no time
+        print(report(case, steps), flush=True)
+        records.append(
+            {
+                "case": case.name,
+                "steps": [{"name": s.name, "samples_ms": s.samples_ms, "extra_bytes": s.extra_bytes} for s in steps],
+            }
+        )
+    if facts["load average"] > 0.5:
+        print(f"\nLoad average {facts['load average']}: others were at work, so these times are not to be quoted.")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"provenance": facts, "cases": records}, indent=1) + "\n")
+        print(f"\nwritten to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
