@@ -234,6 +234,19 @@ void scale_(Tensor& grad, const Tensor& scale) {
     grad.copy_(grad.to(acc_dtype(grad)).mul_(factor));
 }
 
+// high + low += x: see Kernels::add_split.
+void add_split_(Tensor& high, Tensor& low, const Tensor& x, bool last) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK(high.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16,
+              "high and x must be bfloat16, got ", high.scalar_type(), " and ", x.scalar_type());
+  TORCH_CHECK(low.scalar_type() == at::kByte, "low must be uint8, got ", low.scalar_type());
+  TORCH_CHECK(high.sizes() == low.sizes() && high.sizes() == x.sizes(), "high, low and x must have one shape, got ",
+              high.sizes(), ", ", low.sizes(), " and ", x.sizes());
+  TORCH_CHECK(high.is_contiguous() && low.is_contiguous() && x.is_contiguous(), "high, low and x must be contiguous");
+  run_add_split(static_cast<uint16_t*>(high.mutable_data_ptr()), low.mutable_data_ptr<uint8_t>(),
+                static_cast<const uint16_t*>(x.const_data_ptr()), x.numel(), last);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) {
@@ -245,6 +258,7 @@ TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) {
   m.impl("cpu_backward_", &Ops::backward_);
   m.impl("cpu_target_grad", &Ops::target_grad);
   m.impl("cpu_scale_", &scale_);
+  m.impl("cpu_add_split_", &add_split_);
 }
 
 }  // namespace lsk

@@ -283,6 +283,40 @@ void multiply(const void* left, const void* right, void* product, int64_t n) {
   });
 }
 
+// Rounded to 24 bits: beside a sum of numbers that have 8 bits the 16 of its mantissa lose next to nothing.
+void add_split(void* high, void* low, const void* x, int64_t n, bool last) {
+  using Bytes = VectorOf<uint8_t, kWidth<float>>::type;
+  BFloat16 *h = static_cast<BFloat16*>(high), lanes[kWidth<float>] = {}, added[kWidth<float>] = {};
+  uint8_t *l = static_cast<uint8_t*>(low), below[kWidth<float>] = {};
+  const BFloat16* t = static_cast<const BFloat16*>(x);
+  for (int64_t k = 0; k < n; k += kWidth<float>) {
+    const int64_t count = n - k < kWidth<float> ? n - k : kWidth<float>;
+    const bool part = count < kWidth<float>;
+    if (part) {
+      __builtin_memcpy(lanes, h + k, count * sizeof *h);
+      __builtin_memcpy(below, l + k, count);
+      __builtin_memcpy(added, t + k, count * sizeof *t);
+    }
+    Bytes b;
+    __builtin_memcpy(&b, part ? below : l + k, sizeof b);
+    const Bits<float> upper = (Bits<float>)widen(part ? lanes : h + k), lower = __builtin_convertvector(b, Bits<float>);
+    const Vec<float> sum = (Vec<float>)(upper | lower << 8) + widen(part ? added : t + k);
+    if (last) {
+      narrow(part ? lanes : h + k, sum);
+    } else {
+      const Bits<float> rounded = (Bits<float>)(sum == sum ? sum : operand<float>(NAN)) + 0x80;
+      const Packed top = __builtin_convertvector(rounded >> 16, Packed);
+      b = __builtin_convertvector(rounded >> 8 & 0xff, Bytes);
+      __builtin_memcpy(part ? lanes : h + k, &top, sizeof top);
+      __builtin_memcpy(part ? below : l + k, &b, sizeof b);
+    }
+    if (part) {
+      __builtin_memcpy(h + k, lanes, count * sizeof *h);
+      if (!last) __builtin_memcpy(l + k, below, count);
+    }
+  }
+}
+
 template <class T>
 constexpr RowKernels row_kernels() {
   return {value<T>, block<T>, find<T>, gradient<T>, scale<T>, convert<T, true>, convert<T, false>};
@@ -294,7 +328,8 @@ constexpr BlockKernels block_kernels() {
 }
 
 constexpr Kernels kTable = {{row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},
-                            {block_kernels<float>(), block_kernels<double>()}};
+                            {block_kernels<float>(), block_kernels<double>()},
+                            add_split};
 
 }  // namespace
 }  // namespace lsk

@@ -63,6 +63,9 @@ struct BlockKernels {
 struct Kernels {
   RowKernels rows[kDtypes];
   BlockKernels blocks[2];  // float, double
+  // high, low += x, where x is bfloat16, `high` the upper half of a float and `low` the byte below it, which `last`
+  // rounds into `high`
+  void (*add_split)(void* high, void* low, const void* x, int64_t n, bool last);
 };
 
 // clang knows the target pragma by another name; until someone measures it there, it gets the portable kernels.

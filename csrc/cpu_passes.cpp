@@ -349,4 +349,10 @@ void run_scale(const View& grad, int64_t n, int64_t k, double factor) {
   });
 }
 
+void run_add_split(uint16_t* high, uint8_t* low, const uint16_t* x, int64_t n, bool last) {
+  at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+    instruction_set().kernels->add_split(high + begin, low + begin, x + begin, end - begin, last);
+  });
+}
+
 }  // namespace lsk

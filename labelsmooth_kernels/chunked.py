@@ -3,7 +3,8 @@
 x = hidden·linear_weightᵀ + linear_bias is never whole. A chunk of its rows is made by one GEMM in a buffer that every
 chunk uses again; a row operator of ``ops`` overwrites it with its gradient; two more GEMMs make of that the chunk's
 rows of d_hidden and its part of d_weight. 6·N·K·D flop, as without a loss; memory beside the demanded gradients: one
-chunk, and where d_weight is of half precision and there are several chunks, its float32 accumulator.
+chunk; and where d_weight is of half precision and there are several chunks, its sum in float32, of which the CPU keeps
+24 bits for bfloat16 (8 more than d_weight itself).
 
 ``chunked_forward`` returns (loss, saved, stats, prediction) of ``ops`` and the gradients of Σ row_scale·loss in hidden,
 linear_weight and linear_bias that are ``wanted`` (the others have no elements), each in the dtype of its parameter.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import kernels_of
+from .backends import BACKENDS, kernels_of
 from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall, row_fakes
 from .spec import accumulate_dtype, check_index_targets
 
@@ -73,14 +74,17 @@ LIBRARY.define(
 )
 LIBRARY.define(f"chunked_backward{_ARGUMENTS}Tensor saved) -> ({_GRADIENTS})")
 
-# A chunk reads and writes the accumulator of d_weight, 8·K·D bytes beside 6·rows·K·D flop: a share of
+_OPS = getattr(torch.ops, NAMESPACE)
+
+# A chunk reads and writes the sum of d_weight, 8·K·D bytes (6 in 24 bits) beside 6·rows·K·D flop: a share of
 # (4/3)·(flop/s ÷ byte/s)/rows of the GEMMs' time, whatever K and D are. With some 15 (float32) and 30 (bfloat16) flop
-# per byte on a CPU and 200 on a GPU these rows keep it below 5 to 10 %; smaller chunks would also make the GEMMs slow.
-_ROWS = {"cpu": 512, "cuda": 2048}
+# per byte on a CPU and 200 on a GPU these rows keep it below 5 to 13 %. More rows gain little and cost memory; fewer
+# make the GEMMs slow (measured on a CPU: 256 rows 5 to 9 % more than 512).
+_ROWS = {"cpu": 384, "cuda": 2048}
 _MOST_BYTES = 2**30  # of a chunk, unless that leaves fewer rows than
 _FEWEST_ROWS = 64
 _WIDE_GEMM = hasattr(torch.ops.aten.addmm, "dtype_out")  # half precision in, float32 out: on CUDA only
-_PART_BYTES = 2**21  # of d_weight that a chunk's product makes at a time: stays in the second-level cache
+_PART_BYTES = 2**20  # of d_weight that a chunk's product makes at a time: stays in the second-level cache
 
 
 def rows_per_chunk(n: int, row_bytes: int, device: str, chunk_rows: int = 0) -> int:
@@ -179,15 +183,28 @@ class _Problem:
         return x, self._classes_last(x), call
 
 
+def _extension() -> bool:
+    return BACKENDS["cpu"].unavailable() is None
+
+
 class _Gradients:
     """d_hidden, d_weight and d_bias as the chunks' gradients come in."""
 
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
-        want_hidden, self.want_weight, self.want_bias = problem.how.wanted
+        how, device = problem.how, problem.hidden.device.type
+        want_hidden, self.want_weight, self.want_bias = how.wanted
         self.hidden = torch.empty_like(problem.hidden) if want_hidden else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        # d_weight is summed in its own dtype where that is the arithmetic's, or is asked for, or there is one chunk.
+        wide = how.wide and problem.rows < problem.n
+        same = problem.dtypes[1] == how.dtype and (not wide or how.dtype == problem.acc)
+        self.weight_dtype = how.dtype if same else problem.acc
+        self.low: Tensor | None = None
+        if not same and problem.dtypes[1] == how.dtype == torch.bfloat16 and device == "cpu" and _extension():
+            self.weight_dtype = how.dtype
+            self.low = torch.zeros(problem.weight.shape, dtype=torch.uint8) if self.want_weight else None
 
     def add(self, dx: Tensor, chunk: slice) -> None:
         problem = self.problem
@@ -197,25 +214,27 @@ class _Gradients:
             part = dx.sum(0, dtype=problem.acc)
             self.bias = part if self.bias is None else self.bias.add_(part)
         if self.want_weight:
-            self._add_weight(dx.t(), problem.masked_hidden(chunk))
+            self._add_weight(dx.t(), problem.masked_hidden(chunk), chunk.stop == problem.n)
 
-    def _add_weight(self, dx: Tensor, hidden: Tensor) -> None:
-        problem, first = self.problem, self.weight is None
+    def _add_weight(self, dx: Tensor, hidden: Tensor, last: bool) -> None:
+        first, dtype = self.weight is None, self.weight_dtype
         if self.weight is None:
-            rounded_once = problem.rows >= problem.n or not problem.how.wide
-            same = rounded_once and problem.dtypes[1] == dx.dtype
-            self.weight = torch.empty_like(problem.weight, dtype=dx.dtype if same else problem.acc)
+            self.weight = torch.empty_like(self.problem.weight, dtype=dtype, memory_format=torch.contiguous_format)
         total = self.weight
-        if total.dtype == dx.dtype:
-            torch.mm(dx, hidden, out=total) if first else total.addmm_(dx, hidden)
+        if dx.dtype == dtype and first:
+            torch.mm(dx, hidden, out=total)
+        elif dx.dtype == dtype and self.low is None:
+            total.addmm_(dx, hidden)
         elif dx.is_cuda and _WIDE_GEMM:
-            start = total.zero_() if first else total
-            torch.addmm(start, dx, hidden, out_dtype=total.dtype, out=total)
+            torch.addmm(total.zero_() if first else total, dx, hidden, out_dtype=dtype, out=total)
         else:  # the product of each chunk is rounded once, which loses no more than dx lost, being rounded as well
             classes = max(1, _PART_BYTES // (hidden.shape[1] * hidden.element_size()))
             for begin in range(0, len(dx), classes):
                 part, product = total[begin : begin + classes], dx[begin : begin + classes] @ hidden
-                part.copy_(product) if first else part.add_(product)
+                if self.low is not None:
+                    _OPS.cpu_add_split_(part, self.low[begin : begin + classes], product, last)
+                else:
+                    part.copy_(product) if first else part.add_(product)
 
     def finished(self, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """All three divided by ``factor``, in the dtypes of their parameters; what was not wanted has no elements."""

@@ -105,7 +105,7 @@ def linear_cross_entropy(
         linear_bias: (K,), or (K, d1, ...).
         weight: (K,) class weights.
         ignore_index: as in ``cross_entropy``; None is -100.
-        chunk_rows: rows of input whose logits exist at a time; None: 512 on a CPU and 2048 on a GPU, fewer where a
+        chunk_rows: rows of input whose logits exist at a time; None: 384 on a CPU and 2048 on a GPU, fewer where a
             chunk would exceed 1 GiB. LABELSMOOTH_DEBUG=1 in the environment prints what was chosen.
         grad_accumulation: how half-precision gradients of ``linear_weight`` are summed over chunks: in ``"float32"``
             or in the dtype of the ``"input"``, which saves that accumulator.

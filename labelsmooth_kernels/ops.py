@@ -65,6 +65,9 @@ SCHEMAS = {
     "scale_": "(Tensor(a!) grad, Tensor scale) -> ()",
 }
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# (high, low) += x in bfloat16: high is the upper half of a float32 and low the byte below it, 24 bits; ``last`` rounds
+# the sum into high. The C++ extension has it, for sums of many bfloat16 products in little more than their own memory.
+LIBRARY.define("cpu_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor x, bool last) -> ()")
 
 
 class RowCall(NamedTuple):

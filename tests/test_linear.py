@@ -400,9 +400,9 @@ def test_r35_a_target_outside_is_named_by_its_own_row(fast_place: Place, bad: in
 
 
 def test_the_plan_of_chunks(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rows_per_chunk(2048, 4 * 32000, "cpu") == 512
+    assert rows_per_chunk(2048, 4 * 32000, "cpu") == 352
     assert rows_per_chunk(2048, 4 * 10**6, "cpu") <= 2**30 / (4 * 10**6)
-    assert rows_per_chunk(600, 4 * 32000, "cpu") == 304, "two even chunks, not 512 and 88"
+    assert rows_per_chunk(600, 4 * 32000, "cpu") == 304, "two even chunks, not 384 and 216"
     assert rows_per_chunk(2048, 4 * 32000, "cpu", 100) == 100
     assert rows_per_chunk(8192, 2 * 128256, "cuda") == 2048
     assert rows_per_chunk(0, 4, "cpu") == 1
