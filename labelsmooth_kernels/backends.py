@@ -108,11 +108,14 @@ def _load_triton() -> str | None:
         if oldest < (8, 0):
             return f"a GPU here has compute capability {oldest[0]}.{oldest[1]}: the kernels are checked from 8.0 on"
     try:
-        logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
+        logits, linear = (
+            importlib.import_module(f"labelsmooth_kernels.triton_kernels.{name}") for name in ("logits", "linear")
+        )
     except ImportError as error:
         return f"the Triton kernels do not import: {error} (run from a source tree that is not installed?)"
     for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
         ops.implement("triton", key, logits)
+        ops.implement_tiled(key, linear)
     return None
 
 

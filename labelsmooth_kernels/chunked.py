@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, kernels_of
-from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall, row_fakes
+from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall, fake_gradients, row_fakes
 from .spec import accumulate_dtype, check_index_targets
 
 if TYPE_CHECKING:
@@ -326,23 +326,14 @@ def _in_range(call: RowCall) -> tuple[RowCall, Tensor]:
     return call._replace(row_scale=call.row_scale * factor), factor
 
 
-def _fake_gradients(operands: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
-    weight = operands[1]
-    assert weight is not None
-    return tuple(
-        t.new_empty(t.shape) if t is not None and want else (weight if t is None else t).new_empty(0)
-        for t, want in zip(operands, wanted, strict=True)
-    )
-
-
 def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     _, _, how, n_stats = _of(arguments)
     rows = row_fakes(hidden.new_empty(hidden.shape[0] * how.positions, 1, dtype=how.dtype), n_stats)
-    return *rows, *_fake_gradients((hidden, weight, bias), how.wanted)
+    return *rows, *fake_gradients((hidden, weight, bias), how.wanted)
 
 
 def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients((hidden, weight, bias), _of(arguments)[2].wanted)
+    return fake_gradients((hidden, weight, bias), _of(arguments)[2].wanted)
 
 
 for _name, _run, _fake in (("forward", forward, _fake_forward), ("backward", backward, _fake_backward)):

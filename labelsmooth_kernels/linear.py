@@ -143,6 +143,8 @@ def linear_cross_entropy(
     )
     call = _prepare_linear(input, linear_weight, target, linear_bias, spec)
     chosen = backends.select(call.rows)
+    if method == "tiled" and (reasons := _why_not_tiled(call, chosen)):
+        raise ArgumentError(f"method='tiled' cannot serve this call: {'; '.join(reasons)}")
     if transformed() or chosen.kernels is None or call.target_needs_grad:
         return apply_spec(call.logits(), call.dense_target(), spec)
     reduced, stats = _fused(call, chosen, how)
@@ -285,8 +287,6 @@ def _teacher(target: Teacher, logits: Tensor) -> tuple[Tensor, Soft]:
 def _fused(call: _Call, chosen: backends.Backend, how: LinearSpec) -> tuple[Tensor, RowStats | None]:
     rows, spec = call.rows, call.rows.spec
     tiled = how.method == "tiled"
-    if tiled and (reasons := _why_not_tiled(call, chosen)):
-        raise ArgumentError(f"method='tiled' cannot serve this call: {'; '.join(reasons)}")
     grad, device, dtype = torch.is_grad_enabled(), rows.logits.device.type, rows.logits.dtype
     wanted = [grad and t is not None and t.requires_grad for t in call.operands]
     others = (rows.row_weight, spec.normalizer)

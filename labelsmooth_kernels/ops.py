@@ -41,13 +41,13 @@ outside the tensors. A row with a NaN has a NaN loss and gradient; its zmax and 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 NAMESPACE = "labelsmooth_kernels"
 ROW_SCHEMA = (
@@ -158,3 +158,38 @@ def implement(backend: str, key: str, kernels: object) -> None:
     """Register the functions of ``kernels`` (a module) as the ops of ``backend`` under a dispatch key."""
     for name in SCHEMAS:
         LIBRARY.impl(f"{backend}_{name}", getattr(kernels, name), key)
+
+
+# ---- a linear layer and its loss, tile by tile: logits = hidden·linear_weightᵀ + linear_bias, never held
+
+_LAYER = f"(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, {ROW_SCHEMA}, "
+TILED_SCHEMAS = {
+    "forward": f"{_LAYER}int n_stats) -> (Tensor loss, Tensor saved, Tensor stats, Tensor prediction)",
+    "backward": f"{_LAYER}Tensor saved, float filter_eps, bool want_hidden, bool want_weight, bool want_bias) -> "
+    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+}
+
+
+def fake_gradients(operands: tuple[Tensor, Tensor, Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Of the shapes of the operands; without elements where not wanted."""
+    shapes = (operands[1] if t is None else t for t in operands)
+    return tuple(t.new_empty(t.shape if want else 0) for t, want in zip(shapes, wanted, strict=True))
+
+
+def _fake_tiled_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: object) -> tuple[Tensor, ...]:
+    return row_fakes(hidden, int(call[-1]))  # type: ignore[call-overload]
+
+
+def _fake_tiled_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    return fake_gradients((hidden, weight, bias), call[-3:])
+
+
+for _name, _fake in (("forward", _fake_tiled_forward), ("backward", _fake_tiled_backward)):
+    LIBRARY.define(f"tiled_{_name}{TILED_SCHEMAS[_name]}")
+    torch.library.register_fake(f"{NAMESPACE}::tiled_{_name}", _fake, lib=LIBRARY)
+
+
+def implement_tiled(key: str, kernels: object) -> None:
+    """Register ``forward`` and ``backward`` of ``kernels`` (a module) as the tiled operators."""
+    for name in TILED_SCHEMAS:
+        LIBRARY.impl(f"tiled_{name}", getattr(kernels, name), key)

@@ -1,0 +1,104 @@
+"""The tiled path through the public function: the chunked path's results, and what it refuses; its kernels' own tests
+are in test_tiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import HAS_CUDA, skip_unless_available
+from test_linear import EPS, grads_of, operands
+from test_transforms import compiled, compiler
+from torch import Tensor
+
+import labelsmooth_kernels as lsk
+
+PLACE = ("triton", "cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def triton() -> None:
+    skip_unless_available("triton")
+
+
+def losses(leaves: list[Tensor], y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Of the tiled and of the chunked path."""
+    call = {"linear_bias": leaves[2], "label_smoothing": EPS, "backend": "triton", **options}
+    tiled = lsk.linear_cross_entropy(leaves[0], leaves[1], y, method="tiled", filter_eps=0.0, **call)
+    return tiled, lsk.linear_cross_entropy(leaves[0], leaves[1], y, chunk_rows=8, **call)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "options": {"smoothing": "others", "z_loss": 0.01, "logit_scale": 0.5, "reduction": "sum"},
+    "tensors": {"weight": torch.rand(50), "label_smoothing": torch.rand(17), "row_weight": torch.rand(17)},
+    "prior": {"smoothing": torch.full((50,), 1 / 50), "normalizer": torch.tensor(3.0)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tiled_as_chunked(options: dict[str, Any]) -> None:
+    *leaves, y = operands(17, 24, 50, PLACE)
+    options = {n: v.to(PLACE[1]) if isinstance(v, Tensor) else v for n, v in options.items()}
+    tiled, chunks = losses(leaves, y, **options)
+    torch.testing.assert_close(tiled, chunks)
+    torch.testing.assert_close(grads_of(tiled, leaves), grads_of(chunks, leaves), rtol=2e-5, atol=2e-6)
+
+
+def test_tiled_statistics_and_second_derivatives() -> None:
+    *leaves, y = operands(9, 8, 30, PLACE)
+    (tiled, stats), (chunks, expected) = losses(leaves, y, return_stats=True)
+    torch.testing.assert_close(stats[:4], expected[:4])
+    seconds = []
+    for loss in (tiled, chunks):
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*seconds)
+
+
+def test_tiled_under_autocast() -> None:
+    *leaves, y = operands(9, 8, 30, PLACE)
+    with torch.autocast(PLACE[1], torch.bfloat16):
+        tiled, chunks = losses(leaves, y)
+    torch.testing.assert_close(tiled, chunks, rtol=1e-2, atol=1e-2)
+    for got, want in zip(grads_of(tiled, leaves), grads_of(chunks, leaves), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+@compiler
+def test_tiled_compiled_as_eager() -> None:
+    *leaves, y = operands(9, 8, 30, PLACE)
+    call = {"label_smoothing": EPS, "method": "tiled", "backend": "triton"}
+    loss = lambda h, w, b, y: lsk.linear_cross_entropy(h, w, y, linear_bias=b, **call)  # noqa: E731
+    got, want = compiled(loss)[0](*leaves, y), loss(*leaves, y)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads_of(got, leaves), grads_of(want, leaves))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.labelsmooth_kernels, f"tiled_{name}").default
+    hidden, weight, bias, y = (t.detach() for t in operands(9, 8, 30, PLACE))
+    row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 1.0, None)
+    saved = torch.stack([torch.randn(9), torch.rand(9) + 1, torch.ones(9), torch.full((9,), 30.0)]).to(y.device)
+    for last in (
+        ((0,), (1,)) if name == "forward" else ((saved, 0.0, True, True, True), (saved, 1e-3, False, True, False))
+    ):
+        torch.library.opcheck(op, (hidden, weight, bias, *row, *last))
+
+
+def test_the_tiled_path_says_what_it_refuses() -> None:
+    hidden, weight, _, y = operands(6, 8, 30, PLACE)
+    refused: list[tuple[str, Any, dict[str, Any]]] = [
+        ("class indices, not soft targets", torch.rand(6, 30, device=PLACE[1]), {}),
+        ("softcap", y, {"softcap": 5.0}),
+        ("smooth_over='finite'", y, {"smooth_over": "finite", "label_smoothing": EPS}),
+        ("return_stats='entropy'", y, {"return_stats": "entropy"}),
+        ("backend 'reference' has no tiled kernels", y, {"backend": "reference"}),
+    ]
+    for match, target, options in refused:
+        with pytest.raises(lsk.ArgumentError, match=match):
+            lsk.linear_cross_entropy(hidden, weight, target, method="tiled", **{"backend": "triton", **options})
