@@ -131,7 +131,9 @@ class _Problem:
         self.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
         self.hidden, self.weight = hidden.to(how.dtype), weight.to(how.dtype)
         self.bias = None if bias is None else bias.to(how.dtype)
-        self.call, self.soft, self.how, self.acc = call, soft, how, accumulate_dtype(how.dtype)
+        self.call, self.how, self.acc = call, how, accumulate_dtype(how.dtype)
+        teacher = soft.teacher_weight
+        self.soft = soft if teacher is None else soft._replace(teacher_weight=teacher.to(how.dtype))
         self.n, self.index = len(hidden), not call.target.is_floating_point()
         self.gathered = soft.indices is not None or soft.teacher_weight is not None
         if self.index and hidden.device.type == "cpu":
@@ -194,7 +196,7 @@ class _Gradients:
         self.problem = problem
         how, device = problem.how, problem.hidden.device.type
         want_hidden, self.want_weight, self.want_bias = how.wanted
-        self.hidden = torch.empty_like(problem.hidden) if want_hidden else None
+        self.hidden = problem.hidden.new_empty(problem.hidden.shape) if want_hidden else None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         # d_weight is summed in its own dtype where that is the arithmetic's, or is asked for, or there is one chunk.
@@ -219,7 +221,7 @@ class _Gradients:
     def _add_weight(self, dx: Tensor, hidden: Tensor, last: bool) -> None:
         first, dtype = self.weight is None, self.weight_dtype
         if self.weight is None:
-            self.weight = torch.empty_like(self.problem.weight, dtype=dtype, memory_format=torch.contiguous_format)
+            self.weight = dx.new_empty(self.problem.weight.shape, dtype=dtype)
         total = self.weight
         if dx.dtype == dtype and first:
             torch.mm(dx, hidden, out=total)
@@ -255,12 +257,13 @@ def _of(arguments: tuple[Any, ...]) -> tuple[RowCall, Soft, How, Any]:
     return RowCall(*arguments[:row]), Soft(*arguments[row:soft]), How(*how), last
 
 
-def _kept(hidden: Tensor, call: RowCall, how: How) -> Tensor | None:
-    """The rows to work on where ignored ones are skipped, or None for all."""
-    if not how.skip_ignored or call.target.is_floating_point() or how.positions > 1:
-        return None
+def _kept(call: RowCall, how: How, n_stats: int = 0) -> tuple[Tensor | None, How]:
+    """The rows to work on where ignored ones are skipped, or None for all; not where statistics ask for every row, or
+    a row of hidden has several targets."""
+    if not how.skip_ignored or call.target.is_floating_point() or how.positions > 1 or n_stats > 0:
+        return None, how._replace(skip_ignored=False)
     keep = (call.target != call.ignore_index).nonzero().squeeze(1)
-    return None if len(keep) == len(hidden) else keep
+    return None if len(keep) == len(call.target) else keep, how
 
 
 def _spread(values: Tensor, keep: Tensor | None, n: int, dim: int) -> Tensor:
@@ -273,7 +276,7 @@ def _spread(values: Tensor, keep: Tensor | None, n: int, dim: int) -> Tensor:
 
 def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     call, soft, how, n_stats = _of(arguments)
-    n, keep = len(hidden), _kept(hidden, call, how) if n_stats == 0 else None
+    n, (keep, how) = len(hidden), _kept(call, how, n_stats)
     if keep is not None:
         hidden, call = hidden[keep], call.of_rows(keep)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -296,7 +299,7 @@ def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *
 
 def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     call, soft, how, saved = _of(arguments)
-    n, keep = len(hidden), _kept(hidden, call, how)
+    n, (keep, how) = len(hidden), _kept(call, how)
     if keep is not None:
         hidden, call, saved = hidden[keep], call.of_rows(keep), saved[:, keep]
     with torch.autocast(hidden.device.type, enabled=False):

@@ -10,6 +10,7 @@ torch.func transforms, and where a dense soft target wants a gradient.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from . import backends
 from .chunked import Soft, dense_target
-from .functional import apply_spec, check_same_device, denominator, kernel_stats, prepare, reduce, shaped
+from .functional import (
+    CHECK_TARGETS,
+    apply_spec,
+    check_same_device,
+    check_targets,
+    denominator,
+    kernel_stats,
+    prepare,
+    reduce,
+    shaped,
+)
 from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
 from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, require, traced, transformed
 
@@ -142,6 +153,8 @@ def linear_cross_entropy(
         filter_eps=filter_eps,
     )
     call = _prepare_linear(input, linear_weight, target, linear_bias, spec)
+    if os.environ.get(CHECK_TARGETS) == "1":
+        check_targets(call.rows)
     chosen = backends.select(call.rows)
     if method == "tiled" and (reasons := _why_not_tiled(call, chosen)):
         raise ArgumentError(f"method='tiled' cannot serve this call: {'; '.join(reasons)}")

@@ -185,6 +185,10 @@ def test_ignored_rows_leave_no_trace(place: Place, reduction: str, skip_ignored:
     assert (grads[1][1][ignored] == 0).all()
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+    value, _ = lsk.linear_cross_entropy(
+        spoilt, weight, y, linear_bias=bias, chunk_rows=4, skip_ignored=skip_ignored, return_stats=True, **call
+    )
+    torch.testing.assert_close(grads_of(value, [weight, bias]), grads[0][2:])
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
