@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,17 @@ def theirs(**options: Any) -> Loss:
     return lambda h, w, y: F.linear_cross_entropy(h, w, y, **options)
 
 
-def steps_of(case: Case) -> list[Step]:
+def make_operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(case.n, case.d, generator=rng).to(case.device, case.dtype).requires_grad_()
     weight = torch.randn(case.k, case.d, generator=rng).mul_(2 * case.d**-0.5)
     weight = weight.to(case.device, case.dtype).requires_grad_()
-    target = torch.randint(case.k, (case.n,), generator=rng).to(case.device)
-    prior = torch.rand(case.k, generator=rng).to(case.device)
+    return hidden, weight, torch.randint(case.k, (case.n,), generator=rng).to(case.device)
+
+
+def steps_of(case: Case) -> list[Step]:
+    hidden, weight, target = make_operands(case)
+    prior = torch.rand(case.k, generator=torch.Generator().manual_seed(1)).to(case.device)
     prior /= prior.sum()
     losses: dict[str, Loss | None] = {
         GEMMS: None,
@@ -160,13 +164,34 @@ def report(case: Case, steps: list[Step]) -> str:
     return "\n".join(lines)
 
 
+def memory_rows() -> Iterator[str]:
+    """Peak MB beyond inputs and gradients: PyTorch's, of our loss on whole logits, and without logits."""
+    unfused: Loss = lambda h, w, y: lsk.cross_entropy(F.linear(h, w), y, label_smoothing=EPS, inplace=True)  # noqa: E731
+    losses = {EAGER: theirs(label_smoothing=EPS), "F.linear and our loss, in place": unfused, OURS: ours()}
+    yield f"| N | D | K | dtype | {' | '.join(losses)} |\n|---:|---:|---:|---|---:|---:|---:|"
+    shapes = ((1024, 512, 32000), (4096, 512, 32000), (1024, 2048, 32000), (1024, 512, 128256), (4096, 512, 128256))
+    for dtype in (F32, BF16):
+        for n, d, k in shapes:
+            operands = make_operands(Case(n, d, k, dtype))
+            demanded = sum(t.nbytes for t in operands[:2])
+            steps = (Step(name, loss, operands) for name, loss in losses.items())
+            cells = (f"{(peak_bytes(step.run, 'cpu') - demanded) / 1e6:,.0f}" for step in steps)
+            name = str(dtype).removeprefix("torch.")
+            yield (f"| {n:,} | {d:,} | {k:,} | {name} | {' | '.join(cells)} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write every sample there")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="small cases: shows that it runs")
     parser.add_argument("--budget", type=float, default=45, metavar="S", help="seconds for the times of a case")
+    parser.add_argument("--memory", action="store_true", help="only the README's table of memory")
     arguments = parser.parse_args()
+    if arguments.memory:
+        for row in memory_rows():
+            print(row, flush=True)
+        return 0
     facts = provenance(arguments.device)
     print(describe(facts))
     records = []

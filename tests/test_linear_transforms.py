@@ -334,6 +334,7 @@ def test_sums_in_24_bits() -> None:
 
 def test_ignored_rows_cost_no_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 40 rows 30 are ignored: 10 reach the GEMMs where rows are skipped, which is the default on a CPU."""
+    skip_unless_available("cpu")
     hidden, weight, _, y = operands(40, 8, 30, ("cpu", "cpu"))
     y = torch.where(torch.arange(40) % 4 == 0, y.clamp_min(0), -100)
     seen = []

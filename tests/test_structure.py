@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
-FLOORS = """spec | reference ops | backends conventions | autograd | functional | linear parallel calibration
-    distillation representation | modules doctor | __init__ __main__"""
-PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LossSpec RowStats conventions
-    cross_entropy functional reference"""
+FLOORS = """spec | reference ops | backends conventions | autograd chunked | functional linear_autograd |
+    linear parallel calibration distillation representation | modules doctor | __init__ __main__"""
+PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
+    TopK conventions cross_entropy functional linear_cross_entropy reference"""
 PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss
     logit_scale softcap row_weight normalizer inplace return_stats backend"""
-ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "TRITON_INTERPRET"}
+ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "LABELSMOOTH_DEBUG", "TRITON_INTERPRET"}
 SOURCES = [
     path
     for folder in ("labelsmooth_kernels", "triton_kernels", "csrc", "tests", "bench", "examples")

@@ -54,17 +54,28 @@ class Tiles(NamedTuple):
     """rows or classes that it takes at once"""
     queue: int = 0
     """tiles that are put aside for it"""
+    registers: int | None = None
+    """at most so many per thread; left to itself, the assembler stops at fewer here and there, and spills"""
     wide: bool = False
     """operands become float32: Triton's interpreter multiplies bfloat16 as integers"""
 
 
-# (forward, backward) by bytes of an element; in half precision from compute capability 10 on, where products pass
-# through tensor memory, smaller: 128 classes spill there
+# (forward, backward) by bytes of an element
 _TILES = {
-    2: (Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3, columns=128, slice=64, queue=8)),
-    4: (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2, columns=64, slice=32, queue=16)),
+    2: (
+        Tiles(128, 128, 64, 8, 3, registers=255),
+        Tiles(128, 128, 64, 8, 3, columns=128, slice=64, queue=8, registers=255),
+    ),
+    4: (Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 8, 2, columns=64, slice=32, queue=16, registers=168)),
 }
-_TILES_10 = (Tiles(128, 64, 64, 8, 3), Tiles(128, 64, 64, 8, 3, columns=64, slice=64, queue=16))
+# Where those spill: half precision from compute capability 10 on, where products pass through tensor memory; Triton 3.6
+_SMALL_TILES = {
+    2: (
+        Tiles(128, 64, 64, 8, 3, registers=255),
+        Tiles(128, 64, 64, 8, 3, columns=64, slice=64, queue=16, registers=255),
+    ),
+    4: (Tiles(64, 64, 32, 4, 2), Tiles(32, 64, 32, 4, 2, columns=64, slice=32, queue=16, registers=168)),
+}
 _PARTS = 8  # of the sum of an owner of a gradient, at most, where there are fewer owners than SMs
 _SPLITS = 12  # parts of the classes in the forward: on an SM count of 130 or so, 11 blocks of rows share them in L2
 _BLOCK, _COLUMNS, _SLICE = 64, 64, 16  # what is outside the tiles: rank one, means, rounding
@@ -83,8 +94,9 @@ def _tiles(machine: launch.Machine, hidden: Tensor, k: int) -> tuple[Tiles, Tile
     """(forward, backward); in the interpreter, some blocks, tiles and steps at any size, so that small cases take every
     path."""
     if machine.capability != (0, 0):
-        half = hidden.element_size() == 2
-        return _TILES_10 if half and machine.capability[0] >= 10 else _TILES[hidden.element_size()]
+        itemsize = hidden.element_size()
+        small = machine.triton < (3, 8) or (itemsize == 2 and machine.capability[0] >= 10)
+        return (_SMALL_TILES if small else _TILES)[itemsize]
     rows, classes, depth = (triton.next_power_of_2(size) // 4 for size in (len(hidden), k, 2 * hidden.shape[1]))
     rows, classes, depth = max(16, rows), max(16, classes), max(16, depth)
     wide = hidden.dtype == torch.bfloat16
@@ -125,7 +137,7 @@ class _Problem:
         options: dict[str, Any] = {"enable_fp_fusion": False, "num_warps": 4, **more}
         if tiles is not None:
             options |= {"T": tiles, "num_warps": tiles.warps, "num_stages": tiles.stages}
-            options["maxnreg"] = 255  # left to itself, the assembler stops at 128 here and there, and spills
+            options |= {} if tiles.registers is None else {"maxnreg": tiles.registers}
         device = self.hidden.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             launch.run(kernel, (grid,), arguments, options)

@@ -12,7 +12,6 @@ where it is decided and none where the decision is known.
 
 The smoothing part of dz, b·r_k with r = w·u, is of rank one: it is added outside the tiles, exactly, before the one
 rounding. Inside remain mass·p and the target's a·w_y, and a tile without targets is as small as its p.
-
 In loops that hold other loops, nothing is hoisted: what is invariant there is cheap to make again, and spills if kept.
 """
 
@@ -43,9 +42,9 @@ class Layer(NamedTuple):
 
 def _kernel(fn: Callable[..., None]) -> Any:
     """Compile per structure, and for multiples of 16 features: only then are loads 128 bits wide."""
-    numbers = (p for p in inspect.signature(fn).parameters.values() if p.annotation is p.empty)
-    run_time = [p.name for p in numbers if not p.name.endswith("_ptr") and p.name not in ("D", "h_step", "w_step")]
-    return triton.jit(fn, do_not_specialize=run_time)
+    names = (p.name for p in inspect.signature(fn).parameters.values() if p.annotation is p.empty)
+    special = ("D", "h_step", "w_step")
+    return triton.jit(fn, do_not_specialize=[n for n in names if n[-4:] != "_ptr" and n not in special])
 
 
 @triton.jit
@@ -64,7 +63,9 @@ def _logits(layer, o_row, o_k, N, K, D, h_step, w_step, logit_scale, T: tl.const
     k = tl.minimum(o_k, K - 1).to(tl.int64)
     h_rows = (layer.hidden + tl.minimum(o_row, N - 1).to(tl.int64) * h_step)[:, None]
     w_rows = (layer.weight + k * w_step)[:, None]
-    b_x = tl.zeros([T.rows, T.classes], tl.float32)
+    ROWS: tl.constexpr = T.rows
+    CLASSES: tl.constexpr = T.classes
+    b_x = tl.zeros([ROWS, CLASSES], tl.float32)  # Triton 3.6 takes no T.rows in a list
     for i_d in range(0, D, T.depth):
         o_d = (i_d + tl.arange(0, T.depth))[None, :]
         b_h = tl.load(h_rows + o_d, mask=o_d < D, other=0.0)
@@ -103,7 +104,7 @@ def tile_kernel(
     end = tl.minimum(begin + per_split, tl.cdiv(K, T.classes))
     if S.STATS == 0:
         end = tl.where(tl.max(y, 0) > -2, end, begin)  # all rows are ignored
-    zero = tl.zeros([T.rows], tl.float32)
+    zero = tl.zeros_like(y).to(tl.float32)
     none = nothing()
     p = Piece(zero + none.m, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero.to(tl.int32) + none.k)
     z_y = zero
@@ -127,7 +128,6 @@ def tile_kernel(
 
 @triton.jit
 def _share(targets, o_row, y, n, eps, eps_step, others, mask):
-    """(a, b, w_y) of q."""
     if targets.eps is not None:
         eps = tl.load(targets.eps + eps_step * o_row, mask=mask, other=0.0)
     w_y = 1.0
@@ -211,13 +211,11 @@ def _tile_dz(layer, saved_ptr, row_ptr, label, o_row, o_k, N, K, D, h_step, w_st
 
 @triton.jit
 def _decide(b_dz, label, lift, o_row, i_tile, used, skipped_ptr, mass_ptr, filter_eps, budget, N, T: tl.constexpr):
-    """(whether a tile is kept, mass of each row skipped so far); what is skipped is noted, with its lifted mass. A NaN
-    is never small."""
-    n_large = tl.sum(tl.sum((~(tl.abs(b_dz) < filter_eps)).to(tl.int32), 0), 0)
+    """(whether a tile is kept, mass skipped in each row so far); a skipped tile is noted. A NaN is never small."""
     b_mass = tl.sum(b_dz, 0)
-    n_large += tl.sum((~(used + tl.abs(b_mass) <= budget)).to(tl.int32), 0)
     k = label - i_tile * T.classes
-    keep = (n_large > 0) | (tl.max(((k >= 0) & (k < T.classes)).to(tl.int32), 0) > 0)
+    b_keep = ~(used + tl.abs(b_mass) <= budget) | ((k >= 0) & (k < T.classes))
+    keep = tl.max((~(tl.abs(b_dz) < filter_eps) | b_keep[None, :]).to(tl.int32)) > 0  # over both axes
     if not keep:
         tl.store(skipped_ptr, 1)
         tl.store(mass_ptr + i_tile * N.to(tl.int64) + o_row, b_mass * lift, mask=o_row < N)
@@ -231,6 +229,7 @@ def _flush(layer, label_ptr, dz_ptr, queue_ptr, acc_ptr, n, i_own, held, N, K, D
     dz is 0, but 0·NaN is not."""
     OWN: tl.constexpr = T.classes if OF_WEIGHT else T.rows
     OTHER: tl.constexpr = T.rows if OF_WEIGHT else T.classes
+    COLUMNS: tl.constexpr = T.columns
     PER: tl.constexpr = OTHER // T.slice
     x_ptr = layer.hidden if OF_WEIGHT else layer.weight
     x_step = h_step if OF_WEIGHT else w_step
@@ -239,7 +238,7 @@ def _flush(layer, label_ptr, dz_ptr, queue_ptr, acc_ptr, n, i_own, held, N, K, D
     n_own = (K if OF_WEIGHT else N) - i_own * OWN
     for i_d in tl.range(0, D, T.columns, disable_licm=True):
         o_d = i_d + tl.arange(0, T.columns)
-        b_sum = tl.zeros([OWN, T.columns], tl.float32)
+        b_sum = tl.zeros([OWN, COLUMNS], tl.float32)
         for i in range(n * PER):
             o_other = tl.load(queue_ptr + i // PER) * OTHER + i % PER * T.slice + o_s
             m_other = o_other < (N if OF_WEIGHT else K)
@@ -284,7 +283,7 @@ def sweep_kernel(
         queue_ptr += i_unit * T.queue
     n = 0  # tiles in the queue
     held = 0  # whether acc holds anything
-    used = tl.zeros([T.rows], tl.float32)
+    used = tl.zeros_like(tl.arange(0, T.rows)).to(tl.float32)
     for i_back in tl.range(1, n_mine + 1, disable_licm=True):
         i = i_split + (n_mine - i_back) * n_splits  # vocabularies end with what is rare: it uses the budget first
         i_block = i if OF_WEIGHT else i_own
@@ -351,8 +350,8 @@ def round_kernel(
         b_sum -= b_beta * tl.load(v_ptr + o_d, mask=m_d, other=0.0)
     if label_ptr is not None:
         b_sum = tl.where((tl.load(label_ptr + o, mask=m_o, other=-2) > -2)[:, None], b_sum, 0.0)
-    out = out_ptr + o.to(tl.int64)[:, None] * D + o_d
-    tl.store(out, b_sum.to(out_ptr.dtype.element_ty), mask=m_o[:, None] & m_d)
+    o_out = o.to(tl.int64)[:, None] * D + o_d
+    tl.store(out_ptr + o_out, b_sum.to(out_ptr.dtype.element_ty), mask=m_o[:, None] & m_d)
 
 
 @_kernel
@@ -362,14 +361,14 @@ def sums_kernel(
     """out (blocks, D) = Σ c_i·x_i over each block of rows of x. One read of x, and none of rows with c = 0."""
     n_columns = tl.cdiv(D, COLUMNS)
     i_block = tl.program_id(0) // n_columns
-    o_d = tl.program_id(0) % n_columns * COLUMNS + tl.arange(0, COLUMNS)
-    b_sum = tl.zeros([COLUMNS], tl.float32)
+    o_d = (tl.program_id(0) % n_columns * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    b_sum = tl.zeros([1, COLUMNS], tl.float32)
     for i in range(0, BLOCK, SLICE):
         o = i_block * BLOCK + i + tl.arange(0, SLICE)
         b_c = tl.load(c_ptr + o, mask=o < n, other=0.0)
-        x = x_ptr + (o.to(tl.int64) * w_step)[:, None] + o_d[None, :]
-        b_x = tl.load(x, mask=(b_c != 0.0)[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
-        b_sum += tl.sum(b_c[:, None] * b_x, 0)
+        mask = (b_c != 0.0)[:, None] & (o_d < D)
+        b_x = tl.load(x_ptr + (o.to(tl.int64) * w_step)[:, None] + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_c[:, None] * b_x, 0)[None, :]
     tl.store(out_ptr + i_block.to(tl.int64) * D + o_d, b_sum, mask=o_d < D)
 
 

@@ -1,0 +1,75 @@
+"""The fused linear + loss: what it refuses, and how it is cut into chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from test_linear import EPS, operands
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import backends
+from labelsmooth_kernels.chunked import rows_per_chunk
+
+if TYPE_CHECKING:
+    from cases import Place
+
+
+def test_bad_arguments_are_named() -> None:
+    hidden, weight, bias, y = operands(6, 8, 30, ("cpu", "cpu"))
+
+    def refused(match: str, kind: type[Exception] = lsk.ArgumentError, target: Any = y, **options: Any) -> None:
+        h, w = options.pop("hidden", hidden), options.pop("linear_weight", weight)
+        with pytest.raises(kind, match=match):
+            lsk.linear_cross_entropy(h, w, target, **options)
+
+    refused(r"linear_weight must end in the 8 features of input, got \(30, 9\)", linear_weight=torch.rand(30, 9))
+    refused(r"linear_bias must have shape \(30,\), got \(29,\)", linear_bias=bias[:29])
+    refused("linear_weight must have the dtype of input, torch.float32", linear_weight=weight.double())
+    refused(r"target must have shape \(6,\), or \(6, 30\) for class probabilities.*got \(5,\)", target=y[:5])
+    refused("chunk_rows must be an int > 0 or None, got 0", chunk_rows=0)
+    refused("grad_accumulation must be 'float32' or 'input', got 'bf16'", grad_accumulation="bf16")
+    refused("method must be 'chunked' or 'tiled', got 'best'", method="best")
+    refused("filter_eps is for method='tiled'", filter_eps=0.0)
+    refused("method='tiled' cannot serve this call: backend .* has no tiled kernels", method="tiled")
+    refused("inplace is an option of cross_entropy", TypeError, inplace=True)
+    refused("unexpected keyword argument 'epsilon'", TypeError, epsilon=0.1)
+    refused("linear_weight must be a Tensor, got list", TypeError, linear_weight=[1.0])
+    refused("target must be a Tensor, TopK or Teacher, got str", TypeError, target="yes")
+    refused("input must have one of the dtypes", NotImplementedError, hidden=torch.ones(6, 8, dtype=torch.int64))
+    refused("linear_weight must be of shape", linear_weight=weight[0])
+    refused("target.indices must be .* 'k'", target=lsk.TopK(y, torch.rand(6)))
+    refused(r"target.indices must be in \[0, 30\), got 30", IndexError,
+            target=lsk.TopK(torch.full((6, 1), 30), torch.rand(6, 1)))  # fmt: skip
+    refused("target.linear_weight must be", target=lsk.Teacher(torch.rand(6, 5), torch.rand(30, 4)))
+    refused("target.probabilities must not require a gradient",
+            target=lsk.TopK(torch.zeros(6, 1, dtype=torch.int64), torch.rand(6, 1).requires_grad_()))  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [30, -1, 2**40])
+def test_r35_a_target_outside_is_named_by_its_own_row(fast_place: Place, bad: int) -> None:
+    hidden, weight, _, y = operands(9, 8, 30, fast_place)
+    y = y.clamp_min(0)
+    y[7] = bad
+    call = {"chunk_rows": 4, "backend": fast_place[0], "label_smoothing": EPS, "reduction": "none"}
+    if fast_place[1] == "cpu":
+        with pytest.raises(IndexError, match=f"got {bad} in row 7"):
+            lsk.linear_cross_entropy(hidden, weight, y, **call)
+        return
+    loss = lsk.linear_cross_entropy(hidden, weight, y, **call)
+    assert loss.isnan().tolist() == [i == 7 for i in range(9)]
+
+
+def test_the_plan_of_chunks(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_per_chunk(2048, 4 * 32000, "cpu") == 352
+    assert rows_per_chunk(2048, 4 * 10**6, "cpu") <= 2**30 / (4 * 10**6)
+    assert rows_per_chunk(600, 4 * 32000, "cpu") == 304, "two even chunks, not 384 and 216"
+    assert rows_per_chunk(2048, 4 * 32000, "cpu", 100) == 100
+    assert rows_per_chunk(8192, 2 * 128256, "cuda") == 2048
+    assert rows_per_chunk(0, 4, "cpu") == 1
+    monkeypatch.setenv("LABELSMOOTH_DEBUG", "1")
+    hidden, weight, _, y = operands(9, 8, 30, ("cpu", "cpu"))
+    lsk.linear_cross_entropy(hidden, weight, y, chunk_rows=4, skip_ignored=False)
+    if backends.BACKENDS["cpu"].unavailable() is None:
+        assert "9 x 30 logits of torch.float32 in chunks of 4 rows" in capfd.readouterr().err
