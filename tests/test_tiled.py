@@ -1,8 +1,7 @@
 """The tiled linear loss against float64 of the same, already rounded, inputs, and against the products it replaces.
 
-*Rule* for every loss and every entry of every gradient: few ulps of the numbers that the arithmetic adds, and for
-half-precision operands dz rounded to their dtype; and, because such a bound over a product is wide, ||error|| <=
-max(2·||error of F.linear and F.cross_entropy in float32||, few ulps of the operands' dtype of ||gradient||).
+*Rule*: few ulps of the numbers that the arithmetic adds, for every loss and every entry of a gradient, plus dz rounded
+to half-precision operands; and ||error|| <= max(2·||error of PyTorch in float32||, few ulps of ||gradient||).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ NAMES = ("d_hidden", "d_weight", "d_bias")
 
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module under test. Where the interpreter cuts float32 to bfloat16, it rounds here, as hardware does: dz is
-    rounded before it is summed, and what is cut off adds up."""
+    """The module under test; the interpreter rounds to bfloat16 here, as hardware does: what it cuts off adds up."""
     skip_unless_available("triton")
     if not HAS_CUDA:
         interpreter, tl = (importlib.import_module(f"triton.{name}") for name in ("runtime.interpreter", "language"))
@@ -222,7 +220,7 @@ def test_masked_classes(linear: Any, eps: float) -> None:
     got = run(linear, given)
     judge(given, got)
     assert got.loss.isfinite().all()
-    assert (got.d_weight[:70] == 0).all()
+    assert not got.d_weight[:70].any()
 
 
 def test_a_shift_of_the_logits_changes_nothing(linear: Any) -> None:
@@ -278,13 +276,15 @@ def test_no_rows(linear: Any) -> None:
     assert not any(grad.any() for grad in got[4:])
 
 
-def test_all_rows_ignored(linear: Any) -> None:
-    given = draw(N, K, D, ignored=1, label_smoothing=0.1)
+@pytest.mark.parametrize("ignored", [1, 3])
+def test_ignored_rows(linear: Any, ignored: int) -> None:
+    given = draw(N, K, D, ignored=ignored, label_smoothing=0.1)
+    given.weight[5, 3] = torch.inf  # 0·inf is no 0
     for filter_eps in (0.0, 1e-3):
         got = run(linear, given, filter_eps)
-        assert (got.loss == 0).all()
-        assert all((grad == 0).all() for grad in got[4:])
-    assert (linear.forward(*given.operands, *given.row, 0)[1] == 0).all()
+        assert not any(v[~given.keep].any() for v in (got.loss, got.d_hidden))
+        assert given.keep.any() or not any(grad.any() for grad in got[5:])
+    assert not linear.forward(*given[:3], *given.row, 0)[1][:, ~given.keep].any()
 
 
 @pytest.mark.parametrize("bad", [-1, 40, 2**32 + 5])
@@ -348,9 +348,8 @@ def skipped(linear: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tenso
 def test_filter_is_worth_it_and_exact_enough(linear: Any, skipped: list[Tensor], sure: float, at_least: float) -> None:
     """Rows as flat as a vocabulary, and rows that are sure of their target: against PyTorch in bfloat16."""
     given = zipf(16, 32, torch.bfloat16, 0.5, sure)
-    filter_eps = linear.default_filter_eps(torch.bfloat16)
-    assert filter_eps == 2.0**-12
-    got = run(linear, given, filter_eps, (True, True, False))
+    assert linear.default_filter_eps(torch.bfloat16) == 2.0**-12
+    got = run(linear, given, 2.0**-12, (True, True, False))
     share = float(skipped[0].float().mean())
     assert share > at_least, f"only {share:.0%} of the tiles are skipped"
     z, _, oracle = evaluate(given, torch.float64)
@@ -370,7 +369,7 @@ def test_filter_keeps_sums_and_targets(linear: Any, skipped: list[Tensor], monke
     given.target[-4:] = torch.tensor([16383, 12345, 9999, 5000], device=DEVICE)  # where p alone would be skipped
     got = run(linear, given, 2.0**-12)
     assert skipped[0].float().mean() > 0.5
-    _, _, (_, want, _) = evaluate(given, torch.float64)
+    want = evaluate(given, torch.float64)[2][1]
     assert got.d_weight.double().sum(0).abs().max() <= 1e-5 * 0.1
     assert (got.d_weight.double() - want).abs().max() <= 2.0**-12
     assert (got.d_weight.double() - want)[given.target, range(16)].abs().max() <= 1e-6
@@ -384,10 +383,12 @@ def test_filter_decides_once(linear: Any, skipped: list[Tensor], monkeypatch: py
     monkeypatch.setattr(linear, "_BUDGET", 10.0)
     given = draw(70, 600, 20, label_smoothing=0.1, ignored=2, weight=uniform(600), g=uniform(70), logit_scale=0.5)
     given = given._replace(target=torch.where(given.target < 0, given.target, given.target % 250))
+    given.target[-1] = 599  # only the second block keeps the last tile, which is smaller
     _, _, oracle = evaluate(given, torch.float64)
     got, exact = run(linear, given, 1e-1), run(linear, given)
-    assert 0 < skipped[0].float().mean() < 1
     assert len(skipped) == 1, "without a filter nothing is decided"
+    assert skipped[0][:, -1].tolist() == [1, 0]
+    assert got.d_bias.double().sum().abs() <= 1e-5
     alone = run(linear, given, 1e-1, (False, True, True))
     assert torch.equal(skipped[0], skipped[1])
     assert torch.equal(alone.d_weight, got.d_weight)
@@ -396,5 +397,4 @@ def test_filter_decides_once(linear: Any, skipped: list[Tensor], monkeypatch: py
     allowed = (off @ weight, off.T @ hidden, off.sum(0))
     for name, grad, want, allow in zip(NAMES, got[4:], oracle, allowed, strict=True):
         assert_close(name, grad, want, allow)
-        assert not torch.equal(grad, getattr(exact, name))
     judge(given, exact)
