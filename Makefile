@@ -11,7 +11,7 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint aot aot-tiled sanitize bench gpu doctor clean
+.PHONY: demo test lint aot sanitize bench gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
@@ -29,11 +29,8 @@ lint: .venv/built
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range of Triton.
 aot: .venv/built .venv/triton36/triton
 	$(BIN)/python tests/aot_check.py
-	PYTHONPATH=.venv/triton36 $(BIN)/python tests/aot_check.py
-
-# Not part of aot yet: the float32 sweeps spill a few bytes with Triton 3.6.
-aot-tiled: .venv/built .venv/triton36/triton
 	$(BIN)/python tests/aot_tiled.py
+	PYTHONPATH=.venv/triton36 $(BIN)/python tests/aot_check.py
 	PYTHONPATH=.venv/triton36 $(BIN)/python tests/aot_tiled.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own, through the tests of
@@ -43,7 +40,7 @@ sanitize: .venv/built
 	LABELSMOOTH_BUILD=sanitize $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(OUT)/sanitize .
 	PYTHONPATH=$(OUT)/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p no:cacheprovider -k "cpu-cpu" \
-	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py
+	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py tests/test_linear.py
 
 bench: .venv/built
 	$(BIN)/python -m bench.cpu

@@ -60,7 +60,7 @@ struct Call {
   // The kernels of the logits as they lie know a positive factor.
   bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The kernels of the logits' own dtype suffice.
-  bool simple() const { return target != nullptr && !rest && !finite && !transforms() && !entropy; }
+  bool simple() const { return target != nullptr && !finite && !transforms() && !entropy; }
   Weights<double> row_weights(int64_t row, double count) const { return weights(eps[row], count, others); }
 };
 

@@ -68,15 +68,8 @@ LSK_INLINE void transpose(Vec<T> (&x)[kWidth<T>]) {
   for (int i = 0; i < kWidth<T>; ++i) {
     if (i & S) continue;
     const Vec<T> low = x[i], high = x[i + S];
-#if defined(__clang__)
-    for (int l = 0; l < kWidth<T>; ++l) {
-      x[i][l] = l & S ? high[l - S] : low[l];
-      x[i + S][l] = l & S ? high[l] : low[l + S];
-    }
-#else
-    x[i] = __builtin_shuffle(low, high, even);
-    x[i + S] = __builtin_shuffle(low, high, odd);
-#endif
+    x[i] = shuffle(low, high, even);
+    x[i + S] = shuffle(low, high, odd);
   }
   if constexpr (2 * S < kWidth<T>) transpose<T, 2 * S>(x);
 }
@@ -148,19 +141,19 @@ void transform(const void* logits, void* out, void* slopes, int64_t n, double sc
 // Class vectors r (null: ones) and t (null: none) of a block. Unguarded, 0·(-inf) is NaN and r is not counted.
 template <class T, bool kGuarded>
 struct Classes {
-  const T *r, *t;
+  const Acc<T>*r, *t;
   Vec<T> hidden;
   Moments<Vec<T>> rest = {}, given = {};
 
   LSK_MEMBER void add(const Group<T>& z, const Group<T>& x, int64_t k, int64_t n) {
     Group<T> v = {splat<T>(1), splat<T>(1), splat<T>(1), splat<T>(1)};
-    if (r != nullptr) v = load_some(r + k, n);
+    if (r != nullptr) v = load_some_wide<T>(r + k, n);
     if (kGuarded) LSK_EACH(i) {
         v.v[i] = z.v[i] == hidden ? Vec<T>{} : v.v[i];
         if (n < kGroup<T>) v.v[i] = lanes_between<T>(i, 0, n) ? v.v[i] : Vec<T>{};
       }
     count(rest, v, x);
-    if (t != nullptr) count(given, load_some(t + k, n), x);
+    if (t != nullptr) count(given, load_some_wide<T>(t + k, n), x);
   }
   LSK_MEMBER void count(Moments<Vec<T>>& sum, const Group<T>& v, Group<T> x) const {
     // The product comes after the choice, so that both forms contract it alike and give the same bits.
@@ -183,7 +176,8 @@ struct Classes {
 template <class T>
 Stats<double> class_block(const void* logits, const void* r, const void* t, int64_t n, double scale, double masked,
                           const void* ahead) {
-  const T *x = static_cast<const T*>(logits), *rest = static_cast<const T*>(r), *given = static_cast<const T*>(t);
+  const T* x = static_cast<const T*>(logits);
+  const Acc<T>*rest = static_cast<const Acc<T>*>(r), *given = static_cast<const Acc<T>*>(t);
   if (masked != masked) {
     const Stats<double> s = block_of<Vec<T>>(x, n, scale, ahead, Classes<T, false>{rest, given, {}});
     const double dev = s.rest.dev + s.wt.dev;
@@ -244,7 +238,8 @@ void mix(const void* logits, const void* targets, const void* rest, void* mixed,
 template <class T>
 void class_gradient(const void* logits, const void* rest, const void* slopes, void* grad, int64_t n, int64_t target,
                     const GradientRow& row) {
-  const T *x = static_cast<const T*>(logits), *r = static_cast<const T*>(rest), *slope = static_cast<const T*>(slopes);
+  const T* x = static_cast<const T*>(logits);
+  const Acc<T>*r = static_cast<const Acc<T>*>(rest), *slope = static_cast<const Acc<T>*>(slopes);
   T* g = static_cast<T*>(grad);
   const Gradient<T, Vec<T>> rule(row);
   if (r == nullptr)
@@ -319,12 +314,13 @@ void add_split(void* high, void* low, const void* x, int64_t n, bool last) {
 
 template <class T>
 constexpr RowKernels row_kernels() {
-  return {value<T>, block<T>, find<T>, gradient<T>, scale<T>, convert<T, true>, convert<T, false>};
+  return {value<T>,          block<T>, class_block<T>,   find<T>,          gradient<T>,
+          class_gradient<T>, scale<T>, convert<T, true>, convert<T, false>};
 }
 
 template <class T>
 constexpr BlockKernels block_kernels() {
-  return {transform<T>, class_block<T>, sum<T>, spread<T>, mix<T>, class_gradient<T>, target_gradient<T>, multiply<T>};
+  return {transform<T>, sum<T>, spread<T>, mix<T>, target_gradient<T>, multiply<T>};
 }
 
 constexpr Kernels kTable = {{row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},

@@ -22,38 +22,39 @@ struct Tile {
 };
 
 // Kernels on n adjacent elements of a tensor's dtype. The logits are z = scale·x, scale > 0, and x is what is passed.
+// Class vectors r, t and slope are in the dtype of the arithmetic; r and t may be null: ones and zeros. Classes with
+// z = `masked`, which is -inf or NaN (none), do not count in r.
 struct RowKernels {
   double (*value)(const void* x);
   // max, sum and, for weights of 1, `rest`; read from memory once where n fits the first-level cache. What follows in
   // memory at `ahead` is prefetched meanwhile.
   Stats<double> (*block)(const void* x, int64_t n, double scale, const void* ahead);
+  // The same with `rest` of r and `wt` of t. Where `masked` is NaN, rest.mass is n and not Σ r: that is the same for
+  // every row, and summed once.
+  Stats<double> (*class_block)(const void* x, const void* r, const void* t, int64_t n, double scale, double masked,
+                               const void* ahead);
   // First index with z == value; n where there is none.
   int64_t (*find)(const void* x, int64_t n, double scale, double value);
   // g may be x; a target outside [0, n) belongs to another part of the row.
   void (*gradient)(const void* x, void* g, int64_t n, int64_t target, const GradientRow& row);
+  // The same with q_rest·r and factor·slope; one of r and slope may be null: ones.
+  void (*class_gradient)(const void* x, const void* r, const void* slope, void* g, int64_t n, int64_t target,
+                         const GradientRow& row);
   void (*scale)(void* g, int64_t n, double factor);
   // Between a tile and rows in the dtype of the arithmetic, `pitch` elements apart and padded up to it.
   void (*gather)(void* x, const Tile& tile, void* rows, int64_t pitch);
   void (*scatter)(void* x, const Tile& tile, void* rows, int64_t pitch);
 };
 
-// Kernels on n adjacent elements in the dtype of the arithmetic. Class vectors r and t may be null: ones and zeros.
-// Classes with z = `masked`, which is -inf or NaN (none), do not count in r.
+// Kernels on n adjacent elements in the dtype of the arithmetic; r, t and `masked` as above.
 struct BlockKernels {
   // z = cap(scale·x), and the slope cap' where it is not null; no cap where `cap` is 0. z may be x.
   void (*transform)(const void* x, void* z, void* slope, int64_t n, double scale, double cap);
-  // RowKernels::block with `rest` of r and `wt` of t. Where `masked` is NaN, rest.mass is n and not Σ r: that is the
-  // same for every row, and summed once
-  Stats<double> (*block)(const void* x, const void* r, const void* t, int64_t n, double scale, double masked,
-                         const void* ahead);
   double (*sum)(const void* v, int64_t n);  // Σ v
   // Σ exp(z - shift)·(z - shift)
   double (*spread)(const void* x, int64_t n, double scale, double shift);
   // q = a·t + b·r
   void (*mix)(const void* x, const void* t, const void* r, void* q, int64_t n, Weights<double> w, double masked);
-  // RowKernels::gradient with q_rest·r and factor·slope; one of r and slope may be null: ones
-  void (*gradient)(const void* x, const void* r, const void* slope, void* g, int64_t n, int64_t target,
-                   const GradientRow& row);
   // factor·(logsum - (z - zmax)), where z - zmax counts as 0 if q = 0 and z = -inf
   void (*target_gradient)(const void* x, const void* q, void* g, int64_t n, const GradientRow& row);
   // x·y, which may be x

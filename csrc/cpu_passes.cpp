@@ -212,20 +212,20 @@ Stats<double> Worker::row_stats(const Piece& p, int64_t r) {
   const char* ahead = plan_.strided ? z : call_.logits.at(p.row + r, p.begin + p.n);
   const char* classes = call_.rest.at(p.begin);
   Stats<double> s = classes != nullptr || call_.finite || call_.probabilities
-                        ? blocks_.block(z, classes, weighted_given(p, r), p.n, scale_, masked(), ahead)
+                        ? rows_.class_block(z, classes, weighted_given(p, r), p.n, scale_, masked(), ahead)
                         : rows_.block(z, p.n, scale_, ahead);
   if (!plan_.masses.empty()) s.rest.mass = plan_.masses[p.begin / plan_.block];
   const double shift = origin(s.max);
   s.cover = s.rest.mass;
   if (call_.finite && call_.weight)
-    s.cover = blocks_.block(z, call_.prior.at(p.begin), nullptr, p.n, scale_, masked(), z).rest.mass;
+    s.cover = rows_.class_block(z, call_.prior.at(p.begin), nullptr, p.n, scale_, masked(), z).rest.mass;
   const int64_t y = hot(p, p.row + r);
   if (y >= 0) {
     const double zy = std::fma(rows_.value(z + y * element_), scale_, -shift), wy = call_.weight[p.begin + y];
     s.t = {1, zy};
     s.wt = {wy, weighted(wy, zy)};
   } else if (call_.probabilities && call_.nll) {
-    s.t = call_.weight ? blocks_.block(z, nullptr, given(p, r), p.n, scale_, NAN, z).wt : s.wt;
+    s.t = call_.weight ? rows_.class_block(z, nullptr, given(p, r), p.n, scale_, NAN, z).wt : s.wt;
   }
   if (call_.entropy) s.spread = blocks_.spread(z, p.n, scale_, shift);
   if (call_.prediction != nullptr) s.best = p.begin + std::min(rows_.find(z, p.n, scale_, s.max), p.n - 1);
@@ -251,7 +251,7 @@ void Worker::row_gradient(const Piece& p, int64_t r, char* g) {
     rule.q_rest = 1;
   }
   if (classes != nullptr || call_.softcap != 0)
-    blocks_.gradient(z, classes, slope(p), g, p.n, y, rule);
+    rows_.class_gradient(z, classes, slope(p), g, p.n, y, rule);
   else
     rows_.gradient(z, g, p.n, y, rule);
 }

@@ -179,8 +179,8 @@ struct Gradient {
   }
 
   LSK_MEMBER Group<T> times(Vec<T> x, decltype(nullptr), int64_t, int64_t) const { return {x, x, x, x}; }
-  LSK_MEMBER Group<T> times(Vec<T> x, const T* factors, int64_t k, int64_t n) const {
-    Group<T> y = load_some(factors + k, n);
+  LSK_MEMBER Group<T> times(Vec<T> x, const Acc<T>* factors, int64_t k, int64_t n) const {
+    Group<T> y = load_some_wide<T>(factors + k, n);
     LSK_EACH(i) y.v[i] *= x;
     return y;
   }

@@ -51,6 +51,19 @@ LSK_INLINE Vec<T> splat(Acc<T> x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of a zero and every NaN
 }
 
+// Lane l is lane index[l] of low and high, one after the other.
+template <class V, class I>
+LSK_INLINE V shuffle(V low, V high, I index) {
+#if defined(__clang__)
+  V x;
+  const int w = sizeof x / sizeof x[0];
+  for (int l = 0; l < w; ++l) x[l] = index[l] < w ? low[index[l]] : high[index[l] - w];
+  return x;
+#else
+  return __builtin_shuffle(low, high, index);
+#endif
+}
+
 // The larger of x and m; m where x is NaN.
 template <class V>
 LSK_INLINE V larger(V x, V m) {
@@ -158,6 +171,21 @@ struct Format<Half> {
   }
 };
 
+// A group of numbers of the arithmetic, each in the lane of its element.
+template <class T>
+LSK_INLINE Group<T> load_wide(const Acc<T>* p) {
+  Group<T> x;
+  LSK_EACH(i) __builtin_memcpy(&x.v[i], p + i * kWidth<T>, sizeof x.v[i]);
+  if constexpr (__is_same(T, BFloat16)) LSK_EACH(i) if (i % 2 == 0) {
+      const Vec<T> low = x.v[i], high = x.v[i + 1];
+      Signed<T> even;
+      for (int l = 0; l < kWidth<T>; ++l) even[l] = 2 * l;
+      x.v[i] = shuffle(low, high, even);
+      x.v[i + 1] = shuffle(low, high, even + 1);
+    }
+  return x;
+}
+
 // A partial group touches no memory behind its n elements.
 template <class T>
 LSK_INLINE Group<T> load_part(const T* p, int64_t n) {
@@ -176,6 +204,14 @@ LSK_INLINE void store_part(T* p, int64_t n, const Group<T>& x) {
 template <class T>
 LSK_INLINE Group<T> load_some(const T* p, int64_t n) {
   return n < kGroup<T> ? load_part(p, n) : Format<T>::load(p);
+}
+
+template <class T>
+LSK_INLINE Group<T> load_some_wide(const Acc<T>* p, int64_t n) {
+  if (n >= kGroup<T>) return load_wide<T>(p);
+  Acc<T> lanes[kGroup<T>] = {};
+  __builtin_memcpy(lanes, p, n * sizeof *p);
+  return load_wide<T>(lanes);
 }
 
 template <class T>

@@ -85,6 +85,11 @@ class LinearSpec:
             raise ArgumentError(f"filter_eps is for method='tiled', got {eps!r} with method={self.method!r}")
 
 
+def default_filter_eps(dtype: torch.dtype) -> float:
+    """A tile whose every |mass·p| is below this changes no sum of the dtype: 2⁻¹² for bfloat16."""
+    return torch.finfo(dtype).eps / 32
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -305,7 +310,7 @@ def _fused(call: _Call, chosen: backends.Backend, how: LinearSpec) -> tuple[Tens
     others = (rows.row_weight, spec.normalizer)
     grad_of_others = grad and any(isinstance(t, Tensor) and t.requires_grad for t in others)
     skip = device == "cpu" if how.skip_ignored is None else how.skip_ignored
-    filter_eps = torch.finfo(dtype).eps / 32 if how.filter_eps is None else how.filter_eps
+    filter_eps = default_filter_eps(dtype) if how.filter_eps is None else how.filter_eps
     wide, chunk_rows = how.grad_accumulation == "float32", how.chunk_rows or 0
     path = Path(chosen.name, dtype, call.positions, chunk_rows, wide, skip, tiled, filter_eps, wanted)
     number, eps = (0.0, rows.eps) if isinstance(rows.eps, Tensor) else (rows.eps, None)

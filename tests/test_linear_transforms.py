@@ -13,14 +13,14 @@ from conftest import skip_unless_available
 from test_autograd import allocated
 from test_data_parallel import needs_gloo
 from test_linear import EPS, grads_of, operands
-from test_transforms import compiled, compiler
+from test_transforms import Trap, compiled, compiler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import chunked
+from labelsmooth_kernels import chunked, spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +145,42 @@ def test_nothing_recompiles(fast_place: Place) -> None:
         torch.testing.assert_close(f(*call), loss(*call))
         counts.append(graphs.frame_count)
     assert counts == counts[:1] * len(counts)
+
+
+@compiler
+def test_export_of_an_evaluation_loss(fast_place: Place) -> None:
+    """With a number of rows that is not known."""
+    head = lsk.LinearCrossEntropyLoss(8, 30, label_smoothing=EPS, chunk_rows=4, backend=fast_place[0])
+    head = head.to(fast_place[1]).eval()
+    (hidden, _, _, y), (more, _, _, others) = (operands(n, 8, 30, fast_place) for n in (9, 14))
+    rows = torch.export.Dim("rows", min=2)
+    with torch.no_grad():
+        exported = torch.export.export(head, (hidden, y), dynamic_shapes=({0: rows}, {0: rows}))
+        torch.testing.assert_close(exported.module()(more, others), head(more, others))
+    assert any("chunked_forward" in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.parametrize("method", ["chunked", "tiled"])
+def test_no_step_waits_for_the_device(fast_place: Place, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the operators, and in the host code of the chunked ones, whose row kernels the trap sees as one call."""
+    if method == "tiled" and fast_place[0] != "triton":
+        pytest.skip("a method of the Triton backend")
+    monkeypatch.setattr(spec, "traced", lambda: True)  # the CPU looks at ε and the targets, a GPU does not
+    monkeypatch.setattr(chunked, "check_index_targets", lambda *_: None)
+    *leaves, y = operands(9, 8, 30, fast_place)
+    eps = torch.tensor(EPS, device=y.device)
+    call = {"label_smoothing": eps, "skip_ignored": False, "method": method, "backend": fast_place[0]}
+    with Trap():
+        loss = lsk.linear_cross_entropy(*leaves[:2], y, linear_bias=leaves[2], reduction="none", **call)
+        loss.backward(torch.full_like(loss, 0.37))
+    row = (y, None, None, EPS, None, torch.ones(9, device=y.device), -100, False, False, 0.0, 1.0, None)
+    how = (None, None, None, 1.0, fast_place[0], torch.float32, 1, 4, True)
+    parameters = [t.detach() for t in leaves]
+    with Trap():
+        _, saved, *_ = chunked.forward(*parameters, *row, *how, False, [True] * 3, 0)
+        chunked.backward(*parameters, *row, *how, False, [True] * 3, saved)
+    with Trap(), pytest.raises(AssertionError, match="nonzero synchronises"):
+        chunked.forward(*parameters, *row, *how, True, [True] * 3, 0)
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])

@@ -85,11 +85,6 @@ _BUDGET = 2.0**-6
 _ROWS = 128  # rows of a program that works on rows alone
 
 
-def default_filter_eps(dtype: torch.dtype) -> float:
-    """A tile whose every |mass·p| is below this changes no sum of the dtype: eps/32, 2⁻¹² for bfloat16."""
-    return torch.finfo(dtype).eps / 32
-
-
 def _tiles(machine: launch.Machine, hidden: Tensor, k: int) -> tuple[Tiles, Tiles]:
     """(forward, backward); in the interpreter, some blocks, tiles and steps at any size, so that small cases take every
     path."""
