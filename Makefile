@@ -11,20 +11,21 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint aot sanitize bench gpu doctor clean
+.PHONY: demo test lint aot cuda sanitize bench gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
 
 test: .venv/built
 	$(BIN)/python -m labelsmooth_kernels
+	$(if $(filter off,$(BUILD)),,$(BIN)/python tests/cuda_shim/build.py)
 	$(BIN)/python -m pytest tests $(PYTEST)
 
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict labelsmooth_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range of Triton.
 aot: .venv/built .venv/triton36/triton
@@ -45,6 +46,19 @@ sanitize: .venv/built
 bench: .venv/built
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.options
+
+# The CUDA extension, compiled and imported without a GPU in an environment of its own (5 GB), and its machine code.
+CUDA_ARCHITECTURES ?= 7.5;8.0;9.0;10.0
+CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/.* TOP=//p')
+cuda: .venv-cuda/deps
+	CUDA_HOME=$(CUDA_HOME) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)" MAX_JOBS=2 LABELSMOOTH_BUILD=cuda PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" \
+	  .venv-cuda/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	cd .venv-cuda && bin/python ../tests/cuda_check.py
+
+.venv-cuda/deps: Makefile
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet torch==2.11.0 numpy "setuptools>=77" wheel ninja pybind11
+	touch $@
 
 # On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network.
 gpu:

@@ -1,15 +1,17 @@
 """Builds the optional C++ extension ``labelsmooth_kernels._C``; all metadata stands in pyproject.toml.
 
 LABELSMOOTH_BUILD is auto (default: the extension where it can be built, else a pure-Python package that works), off,
-cpu, cuda or sanitize, which is cpu under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`); the last
-three fail loudly. No GPU is asked for while building. What came of it is recorded, for the doctor,
-in labelsmooth_kernels/_build_info.json.
+cpu, cuda (the CPU's kernels and the GPU's, with nvcc 12.4 to 13 and a CUDA build of torch) or sanitize, which is cpu
+under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`); the last three fail loudly. No GPU is asked for
+while building: TORCH_CUDA_ARCH_LIST names the architectures, by default every one that the kernels are written for and
+nvcc knows. What came of it is recorded, for the doctor, in labelsmooth_kernels/_build_info.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +22,7 @@ from setuptools.command.build_py import build_py
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:  # metadata and source distributions need no torch; build_ext says how to get it
     torch, TORCH_ERROR, BuildExtension = None, str(error), build_ext
 
@@ -33,7 +35,24 @@ if MODE not in MODES:
 NO_TORCH = """the C++ extension is compiled against the PyTorch it will run with; torch cannot be imported here ({}).
 Install torch first, then: pip install --no-build-isolation .
 (LABELSMOOTH_BUILD=off installs the pure-Python package.)"""
-NO_CUDA = "LABELSMOOTH_BUILD=cuda: CUDA kernels are not part of this version yet; use auto, cpu or off"
+
+
+def cuda_flags() -> tuple[list[str], dict[str, str]]:
+    """Options of nvcc, and what the doctor tells of them."""
+    if torch.version.cuda is None:
+        raise SystemExit(f"LABELSMOOTH_BUILD=cuda needs a CUDA build of torch, and this is {torch.__version__}")
+    if CUDA_HOME is None:
+        raise SystemExit("LABELSMOOTH_BUILD=cuda needs nvcc: set CUDA_HOME to the folder of a CUDA toolkit, 12.4 to 13")
+    nvcc = subprocess.run([Path(CUDA_HOME, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release (\d+)\.(\d+)", nvcc.stdout)
+    if found is None:
+        raise SystemExit(f"LABELSMOOTH_BUILD=cuda: {CUDA_HOME}/bin/nvcc does not tell its version: {nvcc.stdout!r}")
+    version = int(found[1]), int(found[2])
+    every = "7.5;8.0;9.0;10.0+PTX" if version >= (12, 8) else "7.5;8.0;9.0+PTX"
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", every)
+    # Sums and products are rounded as on the CPU, so that forward and backward agree on every bit.
+    flags = ["-O3", "--fmad=false", "--threads=2", "-diag-suppress=177"]
+    return flags, {"cuda": ".".join(map(str, version)), "architectures": architectures}
 
 
 def extension() -> Extension:
@@ -48,8 +67,16 @@ def extension() -> Extension:
     if MODE == "sanitize":
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         flags += [*link, "-O1", "-g", "-fno-omit-frame-pointer"]
-    headers = sorted(str(p) for p in Path("csrc").glob("*.h"))
-    return CppExtension(f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
+    shared = {"depends": headers, "extra_link_args": link}
+    if MODE != "cuda":
+        return CppExtension(f"{PACKAGE}._C", sources, extra_compile_args=flags, **shared)
+    sources += sorted(str(p) for pattern in ("*.cpp", "*.cu") for p in Path("csrc/cuda").glob(pattern))
+    nvcc, facts = cuda_flags()
+    defined = [f'-DLSK_{name.upper()}="{value}"' for name, value in facts.items()]
+    return CUDAExtension(
+        f"{PACKAGE}._C", sources, extra_compile_args={"cxx": [*flags, *defined], "nvcc": nvcc}, **shared
+    )
 
 
 def record(folder: Path, built: str | None, reason: str | None, compiler: str | None = None) -> None:
@@ -69,20 +96,18 @@ class BuildOrExplain(BuildExtension):
     def run(self) -> None:
         if torch is None:
             raise SystemExit(NO_TORCH.format(TORCH_ERROR))
-        if MODE == "cuda":
-            raise SystemExit(NO_CUDA)
         self.reason: str | None = None
         self.cxx: str | None = None
         super().run()
         folder = Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
-        record(folder, None if self.reason else "cpu", self.reason, self.cxx)
+        record(folder, None if self.reason else "cuda" if MODE == "cuda" else "cpu", self.reason, self.cxx)
 
     def build_extensions(self) -> None:
         try:
             self.cxx = compiler_version(self.compiler.compiler_cxx[0])
             super().build_extensions()
         except Exception as error:  # torch's ninja build knows nothing of Extension.optional
-            if MODE in ("cpu", "sanitize"):
+            if MODE != "auto":
                 raise
             self.reason = f"{type(error).__name__}: {error}".splitlines()[0] + " (the build log has the details)"
             self.extensions = []

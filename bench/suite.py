@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import backends
 
 from .harness import EPS, Case, Inputs, Loss, Provider, Row, Step, loss_step
 
-OURS, OURS_INPLACE, EAGER, COMPILED, LIGER = "lsk", "lsk in place", "F.cross_entropy", "torch.compile", "Liger"
+OURS, OURS_INPLACE, OURS_CUDA = "lsk", "lsk in place", "lsk, CUDA C++"
+EAGER, COMPILED, LIGER = "F.cross_entropy", "torch.compile", "Liger"
 FRESH_COPY, COPY = "allocate and copy", "copy into existing memory"
 
 
@@ -24,9 +26,9 @@ def _eager(logits: Tensor, target: Tensor) -> Tensor:
 KERNELS = {"cpu": "cpu", "cuda": "triton"}  # named, since a fall to the reference must not be timed under our name
 
 
-def _ours(device: str, inplace: bool) -> Loss:
+def _ours(backend: str, inplace: bool) -> Loss:
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        result = lsk.cross_entropy(logits, target, label_smoothing=EPS, inplace=inplace, backend=KERNELS[device])
+        result = lsk.cross_entropy(logits, target, label_smoothing=EPS, inplace=inplace, backend=backend)
         assert isinstance(result, Tensor)
         return result
 
@@ -67,9 +69,12 @@ def providers(case: Case, *, fresh_copy: bool, liger: bool = False, compiled: bo
     def losing(name: str, loss: Loss, **traits: bool) -> Provider:
         return Provider(name, loss_step(loss, case.backward), **traits)
 
-    result = [losing(OURS, _ours(case.device, inplace=False), exact=True)]
+    backend = KERNELS[case.device]
+    result = [losing(OURS, _ours(backend, inplace=False), exact=True)]
     if case.backward:
-        result.append(losing(OURS_INPLACE, _ours(case.device, inplace=True), exact=True, overwrites=True))
+        result.append(losing(OURS_INPLACE, _ours(backend, inplace=True), exact=True, overwrites=True))
+    if case.device == "cuda" and backends.BACKENDS["cuda"].unavailable() is None:
+        result.append(losing(OURS_CUDA, _ours("cuda", inplace=False), exact=True))
     result.append(losing(EAGER, _eager))
     if compiled:
         result.append(losing(COMPILED, _compiled()))

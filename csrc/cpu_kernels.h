@@ -8,8 +8,6 @@
 
 namespace lsk {
 
-enum Dtype { kFloat16, kBFloat16, kFloat32, kFloat64, kDtypes };
-
 // A row's gradient is factor·(mass·p - q): p from (zmax, logsum) and z = scale·x, q = q_target at class `target` and
 // q_rest elsewhere.
 struct GradientRow {

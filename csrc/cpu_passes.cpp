@@ -3,6 +3,8 @@
 // Bytes: the logits are read from memory once and the gradient is written once; nothing else of size N×K exists.
 // Threads take rows, or blocks of rows where rows are few and long. Both sum the same blocks in the same order, so that
 // the bits of a result do not depend on the number of threads.
+#include "cpu_passes.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
@@ -12,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu_call.h"
+#include "cpu_kernels.h"
 
 namespace lsk {
 namespace {
@@ -283,23 +285,6 @@ void for_pieces(const Plan& plan, const F& f) {
   });
 }
 
-// The row's results from its sums.
-void finish(const Call& call, int64_t row, const Stats<double>& s) {
-  const bool unread = call.unread(row), ignored = call.ignored(row), index = call.target != nullptr;
-  const double n = call.finite ? s.cover : call.prior ? 1 : double(call.k);
-  const double logsum = std::log(s.sum);
-  const Weights<double> w = call.row_weights(row, n);
-  const double mass = index && !call.rest ? 1 : w.a * s.wt.mass + w.b * s.rest.mass;
-  call.zmax.set(row, unread ? 0 : s.max);
-  call.logsum.set(row, unread ? 0 : logsum);
-  call.mass.set(row, unread ? 0 : mass);
-  call.count.set(row, unread ? 0 : n);
-  call.loss.set(row, ignored ? 0 : row_loss(mass, logsum, w, s, call.z_loss));
-  call.nll.set(row, ignored ? 0 : s.t.mass * logsum - s.t.dev);
-  call.entropy.set(row, logsum - s.spread / s.sum);
-  if (call.prediction != nullptr) call.prediction[row] = s.best;
-}
-
 }  // namespace
 
 const char* cpu_capability() { return instruction_set().name; }
@@ -316,7 +301,7 @@ void run_forward(const Call& call) {
     for (int64_t row = 0; row < call.n; ++row) {
       Stats<double> s = parts[row * plan.blocks];
       for (int64_t b = 1; b < plan.blocks; ++b) s = merge(s, parts[row * plan.blocks + b]);
-      finish(call, row, s);
+      call.store(row, call.ended(row, s));
     }
     if (call.grad) run_backward(call);
     return;
@@ -330,7 +315,7 @@ void run_forward(const Call& call) {
       worker.stats(Piece(plan, tile, b), part);
       for (int64_t r = 0; r < first.rows; ++r) total[r] = merge(total[r], part[r]);
     }
-    for (int64_t r = 0; r < first.rows; ++r) finish(call, first.row + r, total[r]);
+    for (int64_t r = 0; r < first.rows; ++r) call.store(first.row + r, call.ended(first.row + r, total[r]));
     for (int64_t b = 0; call.grad && b < plan.blocks; ++b) worker.gradients(Piece(plan, tile, b));
   });
 }

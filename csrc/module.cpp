@@ -21,8 +21,13 @@ pybind11::dict build_info() {
 #else
   const char* compiler = "gcc " __VERSION__;
 #endif
+#if !defined(LSK_CUDA)
+#define LSK_CUDA ""
+#define LSK_ARCHITECTURES ""
+#endif
   return pybind11::dict("torch"_a = TORCH_VERSION, "compiler"_a = compiler, "cpu_capability"_a = lsk::cpu_capability(),
-                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads());
+                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads(), "cuda"_a = LSK_CUDA,
+                        "architectures"_a = LSK_ARCHITECTURES);
 }
 
 }  // namespace

@@ -21,6 +21,8 @@
 
 namespace lsk {
 
+enum Dtype { kFloat16, kBFloat16, kFloat32, kFloat64, kDtypes };
+
 template <class V>
 struct Weights {
   V a, b;
@@ -72,20 +74,42 @@ LSK_INLINE V rescale(V sum, V max, V new_max) {
 }
 
 template <class V>
+LSK_INLINE Moments<V> moved(Moments<V> m, V by) {
+  return {m.mass, m.dev + m.mass * by};
+}
+
+// A piece with its sums taken about a maximum of at least its own.
+template <class V>
+LSK_INLINE Stats<V> seen_from(const Stats<V>& p, V max) {
+  const V by = origin(p.max) - origin(max);
+  return {max,
+          rescale(p.sum, p.max, max),
+          rescale(p.spread + p.sum * by, p.max, max),
+          moved(p.rest, by),
+          moved(p.wt, by),
+          moved(p.t, by),
+          p.cover,
+          p.best};
+}
+
+template <class V>
+LSK_INLINE Moments<V> both(Moments<V> x, Moments<V> y) {
+  return {x.mass + y.mass, x.dev + y.dev};
+}
+
+template <class V>
 LSK_INLINE Stats<V> merge(const Stats<V>& p, const Stats<V>& q) {
   const V max = p.max < q.max ? q.max : p.max;
-  const V from_p = origin(p.max) - origin(max), from_q = origin(q.max) - origin(max);
-  const auto sum = [&](Moments<V> x, Moments<V> y) {
-    return Moments<V>{x.mass + y.mass, (x.dev + x.mass * from_p) + (y.dev + y.mass * from_q)};
-  };
+  const Stats<V> x = seen_from(p, max), y = seen_from(q, max);
+  const bool second = p.max < q.max || (p.max == q.max && q.best < p.best);
   return {max,
-          rescale(p.sum, p.max, max) + rescale(q.sum, q.max, max),
-          rescale(p.spread + p.sum * from_p, p.max, max) + rescale(q.spread + q.sum * from_q, q.max, max),
-          sum(p.rest, q.rest),
-          sum(p.wt, q.wt),
-          sum(p.t, q.t),
-          p.cover + q.cover,
-          p.max < q.max ? q.best : p.best};
+          x.sum + y.sum,
+          x.spread + y.spread,
+          both(x.rest, y.rest),
+          both(x.wt, y.wt),
+          both(x.t, y.t),
+          x.cover + y.cover,
+          second ? q.best : p.best};
 }
 
 template <class V>

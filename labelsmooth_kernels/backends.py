@@ -88,6 +88,31 @@ def _explain_missing_extension(error: ImportError) -> str:
     return f"the compiled extension does not import: {error}"
 
 
+def _load_cuda() -> str | None:
+    """The compiled extension again, whose CUDA kernels also need a GPU that they were compiled for."""
+    if build_info().get("built") != "cuda":
+        return "the CUDA kernels were not built (LABELSMOOTH_BUILD=cuda builds them, beside a CUDA build of torch)"
+    if reason := _load_cpu():
+        return reason
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    architectures = importlib.import_module("labelsmooth_kernels._C").build_info()["architectures"]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if not _compiled_for(architectures, major, minor):
+            return f"GPU {i} has compute capability {major}.{minor}, and the kernels were compiled for {architectures}"
+    return None
+
+
+def _compiled_for(architectures: str, major: int, minor: int) -> bool:
+    """Machine code runs on its own generation, at its minor version and above; PTX on everything newer."""
+    for name in architectures.replace(" ", ";").split(";"):
+        version = tuple(int(part.rstrip("af")) for part in name.removesuffix("+PTX").split("."))
+        if (version[0] == major and version[1] <= minor) or (name.endswith("+PTX") and version <= (major, minor)):
+            return True
+    return False
+
+
 def _load_triton() -> str | None:
     try:
         triton = importlib.import_module("triton")
@@ -139,6 +164,8 @@ BACKENDS = {
             _load_triton,
             ops.define("triton"),
         ),
+        # Behind Triton, which runs where both do: unmeasured, and to be settled on a GPU. It also serves float64.
+        Backend("cuda", "CUDA C++ kernels", ("cuda",), FLOAT_DTYPES, EVERY_OPTION, _load_cuda, ops.define("cuda")),
         Backend(
             "reference", "plain PyTorch", ("cpu", "cuda", "mps", "xpu", "meta"), FLOAT_DTYPES, None, lambda: None, None
         ),

@@ -44,7 +44,10 @@ def _machine() -> list[str]:
     info = backends.build_info()
     built = str(info.get("built") or "not built")
     if backends.BACKENDS["cpu"].unavailable() is None:
-        built += f", kernels for {importlib.import_module('labelsmooth_kernels._C').build_info()['cpu_capability']}"
+        compiled = importlib.import_module("labelsmooth_kernels._C").build_info()
+        built += f", kernels for {compiled['cpu_capability']}"
+        if compiled["cuda"]:
+            built += f"; CUDA {compiled['cuda']}, for {compiled['architectures']}"
     asked = f"LABELSMOOTH_BUILD={info.get('requested')}" if info else "no record of a build"
     lines.append(f"extension  {built} ({asked})")
     return lines

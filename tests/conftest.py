@@ -1,10 +1,12 @@
 """Where the tests run: every registered backend on every device it serves here, on poisoned memory.
 
-Without a CUDA device the Triton kernels run under Triton's interpreter, which must be chosen before Triton is imported.
+Without a CUDA device the Triton kernels run under Triton's interpreter, which must be chosen before Triton is imported,
+and the CUDA kernels as threads of the CPU (``cuda_shim``). Both take CPU tensors, and their time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -17,9 +19,24 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cuda_shim import build
+
 from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
+EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
+
+
+def _load_cuda_shim() -> str | None:
+    if (reason := build.missing()) is None:
+        torch.ops.load_library(build.OUT / "shim.so")
+    return reason
+
+
+if not HAS_CUDA:
+    backends.BACKENDS["cuda"] = dataclasses.replace(
+        backends.BACKENDS["cuda"], devices=("cuda", "cpu"), load=_load_cuda_shim
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, Place, denominator_of, truncates, upstream_for
-from conftest import places, skip_unless_available
+from conftest import EMULATED, places, skip_unless_available
 from rule import HALF, acc_dtype, expect, judge_grad, judge_loss, judge_stats
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def table() -> list[Any]:
             finite = case.problem().logits.isfinite().all()  # a product with 1 0 0 ... spreads NaN and inf
             if case.large or not finite or case.problem().options.get("label_smoothing") is None:
                 continue
-            dtypes = case.dtypes if (backend, device) != ("triton", "cpu") else (torch.float32,)
+            dtypes = case.dtypes if (backend, device) not in EMULATED else (torch.float32,)
             for dtype in (d for d in dtypes if d in backends.BACKENDS[backend].dtypes):
                 name = f"{case.name}-{backend}-{device}-{str(dtype)[6:]}"
                 rows.append(pytest.param(case, (backend, device), dtype, id=name))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import skip_unless_available
+from conftest import EMULATED, skip_unless_available
 from test_autograd import allocated
 from test_data_parallel import needs_gloo
 from test_linear import EPS, grads_of, operands
@@ -103,7 +103,7 @@ def test_torch_func(place: Place) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_r24_compiled_as_eager(fast_place: Place, reduction: str) -> None:
     """256 rows, a random ignore mask; no graph break, static and dynamic, forward and backward."""
-    n = 256 if fast_place != ("triton", "cpu") else 20  # the interpreter takes a second for a hundred rows
+    n = 256 if fast_place not in EMULATED else 20  # an emulation takes a second for a hundred rows
     *leaves, y = operands(n, 32, 64, fast_place)
     y = torch.where(torch.rand(n, generator=torch.Generator().manual_seed(0)).to(y.device) < 0.3, -100, y)
     call = {"reduction": reduction, "label_smoothing": EPS, "chunk_rows": n // 4, "backend": fast_place[0]}
@@ -298,16 +298,16 @@ def peak(run: Callable[[], object], device: str) -> int:
     return most
 
 
-def _skip_interpreter(place: Place) -> None:
-    if place == ("triton", "cpu"):
-        pytest.skip("the interpreter's time and memory are not the kernels'; what allocates is the same code")
+def _skip_emulated(place: Place) -> None:
+    if place in EMULATED:
+        pytest.skip("an emulation's time and memory are not the kernels'; what allocates is the same code")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", ["both", "hidden", "weight", "nothing"])
 def test_memory_is_one_chunk(fast_place: Place, trained: str, reduction: str) -> None:
     """Beyond inputs and demanded gradients: one chunk of logits, a few numbers per row and class."""
-    _skip_interpreter(fast_place)
+    _skip_emulated(fast_place)
     n, d, k, rows = 256, 16, 2048, 32
     hidden, weight, _, y = (t.detach() for t in operands(n, d, k, fast_place))
     leaves = [t.requires_grad_() for t, name in ((hidden, "hidden"), (weight, "weight")) if trained in (name, "both")]
@@ -329,7 +329,7 @@ def test_memory_is_one_chunk(fast_place: Place, trained: str, reduction: str) ->
 def test_memory_of_the_sum_of_a_bfloat16_gradient(fast_place: Place) -> None:
     """In 24 bits on a CPU: a byte more than the gradient itself; in the dtype of the input nothing more."""
     skip_unless_available("cpu")
-    _skip_interpreter(fast_place)
+    _skip_emulated(fast_place)
     n, d, k, rows = 256, 64, 2048, 32
     hidden, weight, _, y = (t.detach() for t in operands(n, d, k, fast_place, torch.bfloat16))
     weight.requires_grad_()

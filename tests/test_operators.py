@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import draw, guarded, loss_and_grad, truncates, upstream_for
-from conftest import HAS_CUDA, skip_unless_available
+from conftest import EMULATED, HAS_CUDA, skip_unless_available
 from test_regressions import EPS, VIEWS, judge
 
 import labelsmooth_kernels as lsk
@@ -18,14 +18,16 @@ from labelsmooth_kernels import backends
 Place = tuple[str, str]
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("check", [False, True])
-def test_r35_targets_outside_where_the_kernel_looks(monkeypatch: pytest.MonkeyPatch, check: bool) -> None:
+def test_r35_targets_outside_where_the_kernel_looks(monkeypatch: pytest.MonkeyPatch, check: bool, backend: str) -> None:
     """As on a GPU: the row becomes NaN without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 makes it raise."""
-    skip_unless_available("triton")
-    logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
-    monkeypatch.setattr(logits, "_check", lambda *_: None)
+    skip_unless_available(backend)
+    if backend == "triton":
+        logits = importlib.import_module("labelsmooth_kernels.triton_kernels.logits")
+        monkeypatch.setattr(logits, "_check", lambda *_: None)
     monkeypatch.setenv("LABELSMOOTH_CHECK_TARGETS", "1" if check else "0")
-    place = ("triton", "cuda" if HAS_CUDA else "cpu")
+    place = (backend, "cuda" if HAS_CUDA else "cpu")
     x, y = draw(place)
     good, good_grad = loss_and_grad(place, x, y, reduction="none", label_smoothing=EPS)
     for bad in (37, -1, 2**31 + 5, 2**32 + 5):
@@ -146,8 +148,8 @@ SHARED_OUT = [(16, 700, torch.float32), (70, 700, torch.float32), (16, 9001, tor
 def test_equal_from_run_to_run(place: Place, n: int, k: int, dtype: torch.dtype) -> None:
     """Bit for bit, also with another number of threads (one, rows over threads, blocks of rows over threads): no
     atomics, no order that a scheduler chooses. And right: these are the shapes whose rows are shared out."""
-    if place == ("triton", "cpu") and n * k > 16 * 700:
-        pytest.skip("the interpreter has no threads, and takes a minute")
+    if place in EMULATED and n * k > 16 * 700:
+        pytest.skip("an emulation has no threads to change, and takes a minute")
     if dtype not in backends.BACKENDS[place[0]].dtypes:
         pytest.skip(f"backend {place[0]} does not serve {dtype}")
     x, y = draw(place, n, k, dtype)

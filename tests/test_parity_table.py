@@ -7,19 +7,20 @@ import importlib
 import pytest
 import torch
 from cases import CASES, DIRECTIONS, Case, loss_and_grad, run_case
-from conftest import HAS_CUDA, places, skip_unless_available
+from conftest import EMULATED, HAS_CUDA, places, skip_unless_available
 from rule import expect
 
 from labelsmooth_kernels import backends
 
 
 def directions_of(case: Case, backend: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Everything, but for two that cost their time. Under the interpreter, a half precision has the directions whose
-    form of backward is its own, and no real vocabulary; the reference sees a real vocabulary once each way."""
-    if backend == "triton" and device == "cpu":
+    """Everything, but for those that cost their time. Where a GPU is emulated, a dtype has the directions whose form of
+    backward is its own; a real vocabulary is for the threads of the CPU, and for the reference once each way."""
+    if (backend, device) in EMULATED:
         if case.large:
-            return ()
-        return {torch.float16: ("rows", "inplace rows"), torch.bfloat16: ("mean", "inplace")}.get(dtype, DIRECTIONS)
+            return ("mean",) if backend == "cuda" and dtype != torch.float64 else ()
+        few = {torch.float16: ("rows", "inplace rows"), torch.bfloat16: ("mean", "inplace"), torch.float64: ("rows",)}
+        return few.get(dtype, DIRECTIONS)
     return ("forward", "rows") if case.large and backend == "reference" else DIRECTIONS
 
 

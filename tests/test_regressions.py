@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Place, draw, loss_and_grad, truncates, upstream_for
-from conftest import HAS_CUDA
+from conftest import EMULATED, HAS_CUDA
 from rule import Problem, expect, judge_grad, judge_loss
 from torch import Tensor
 
@@ -178,7 +178,7 @@ def test_r19_everything_ignored(place: Place, reduction: str, eps: float) -> Non
 
 def check_r20(place: Place) -> None:
     """A batch with ignored rows has the sum, the mean and the gradients of the batch without them."""
-    x, y = draw(place, 8, 50, ignored=2)
+    x, y = draw(place, 8, 48, ignored=2)  # rows on 16-byte boundaries, wherever they stand: their sums have one order
     keep = y != -100
     for reduction in ("sum", "mean"):
         loss, grad = loss_and_grad(place, x, y, reduction=reduction, label_smoothing=0.2)
@@ -194,7 +194,7 @@ def test_r20_r21_ignored_rows_count_for_nothing(place: Place) -> None:
 
 def test_r26_small_gradients_survive_a_loss_scale(place: Place) -> None:
     """fp16, mean over 8192 rows, K = 128,256: ε/K/N is below the smallest subnormal; a loss scale of 65536 lifts it."""
-    k = 1000 if place == ("triton", "cpu") else 128_256
+    k = 1000 if place in EMULATED else 128_256
     x, y = draw(place, 2, k, torch.float16, ignored=0)
     x, normalizer = x / 8, 8192 * 128_256 / k
     _, grad = loss_and_grad(place, x, y, 65536.0, label_smoothing=EPS, normalizer=normalizer)
@@ -234,7 +234,7 @@ def test_r35_targets_outside(place: Place, bad: int, inplace: bool) -> None:
     x, y = draw(place)
     y[4] = bad
     call = {"label_smoothing": EPS, "inplace": inplace}
-    if place[1] == "cpu":
+    if place[1] == "cpu" and place[0] != "cuda":  # which behaves there as on a GPU
         before = x.clone()
         for reduction in ("mean", "none"):
             with pytest.raises(IndexError, match=rf"(?=.*\b4\b).*{bad}\b"):

@@ -1,0 +1,7 @@
+#include "kernels.h"
+
+namespace lsk {
+
+LSK_INSTANTIATE(c10::Half)
+
+}  // namespace lsk

@@ -1,0 +1,60 @@
+// The operators of an NVIDIA GPU: nothing here waits for it, and all memory is torch's.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../operands.h"
+#include "run.h"
+
+namespace lsk {
+namespace {
+
+struct Cuda {
+  static Tensor fresh_like(const Tensor& t) { return at::empty_like(t); }
+
+  static void forward(const Call& call, const Tensor& logits) {
+    const Here here(logits);
+    Tensor workspace;  // freed before the kernels have run, which is right on their own stream
+    const auto allocate = [&](int64_t bytes) {
+      workspace = at::empty({bytes}, logits.options().dtype(at::kByte));
+      return workspace.mutable_data_ptr();
+    };
+    gpu_forward(call, here.device, here.stream, allocate);
+  }
+
+  static void backward(const Call& call, const Tensor& logits) {
+    const Here here(logits);
+    gpu_backward(call, here.device, here.stream);
+  }
+
+  static void scale(const View& view, const Tensor& rows, const Tensor& scale) {
+    const Here here(rows);
+    gpu_scale(view, rows.numel() / rows.size(-1), rows.size(-1), scale.const_data_ptr(), here.device, here.stream);
+  }
+
+ private:
+  struct Here {
+    const c10::cuda::CUDAGuard guard;
+    Device device;
+    void* const stream;
+
+    explicit Here(const Tensor& t) : guard(t.device()), stream(c10::cuda::getCurrentCUDAStream()) {
+      const int index = t.get_device();
+      device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                          attribute(cudaDevAttrComputeCapabilityMinor, index);
+      device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    }
+
+    static int attribute(cudaDeviceAttr name, int index) {
+      int value = 0;
+      C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
+      return value;
+    }
+  };
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(labelsmooth_kernels, CUDA, m) { implement<Cuda>(m, "cuda"); }
+
+}  // namespace lsk

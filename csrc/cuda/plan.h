@@ -1,0 +1,48 @@
+// Which form of a kernel runs, on how many blocks of how many threads: the only table of the CUDA kernels.
+#pragma once
+
+#include "../call.h"
+
+namespace lsk {
+
+constexpr int kWarp = 32, kMaxThreads = 256;
+// Of shared memory, in front of what else lies there: the sums of each warp of a block, and of the block.
+constexpr int64_t kSlotBytes = (kMaxThreads / kWarp + 1) * int64_t(sizeof(Stats<double>)) / 16 * 16 + 16;
+
+// The device, and the numbers that a choice depends on. Not measured on a GPU: they follow from the shared memory and
+// the registers of a multiprocessor, which two blocks and more should share, so that one loads while another computes.
+// The tests choose smaller ones, to take every path with few threads.
+struct Device {
+  int capability = 0;  // 90 for 9.0
+  int multiprocessors = 1;
+  int threads = 256;             // of a block
+  int few_threads = 128;         // of a block whose warps take a row each
+  int64_t warp_bytes = 4096;     // of such a row: 8 accesses of 16 bytes by each thread
+  int64_t part_bytes = 1 << 16;  // of a row in a block's shared memory: three blocks to a multiprocessor
+  int max_cluster = 8;           // the largest on every GPU that has clusters
+  int64_t unit_bytes = 1 << 15;  // that a block takes of a row where rows are cut: 8 accesses by each thread
+
+  // Copies past the registers came with 8.0, clusters with 9.0.
+  int64_t on_chip_bytes() const {
+    return capability >= 90 ? max_cluster * part_bytes : capability >= 80 ? part_bytes : 0;
+  }
+};
+
+struct Grid {
+  int64_t blocks = 0;
+  int threads = 0, cluster = 1;
+  int64_t shared_bytes = 0;
+};
+
+struct Plan {
+  enum Form { kRows, kOnChip, kSplit } form = kRows;
+  int team_threads = 0;  // of a block, on one row
+  int64_t parts = 1;     // of a row, in blocks of their own
+  Grid grid, merge_grid;
+  int64_t workspace_bytes = 0;
+};
+
+Plan forward_plan(const Call& call, const Device& device);
+Plan part_plan(int64_t n, int64_t k, int64_t element, const Device& device);  // where nothing is summed over a row
+
+}  // namespace lsk

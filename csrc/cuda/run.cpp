@@ -1,0 +1,110 @@
+#include "run.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace lsk {
+namespace {
+
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+
+int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Grid grid_of(int64_t blocks, int threads, int cluster = 1, int64_t shared_bytes = kSlotBytes) {
+  return {std::min(blocks, kMostBlocks / cluster) * cluster, threads, cluster, shared_bytes};
+}
+
+template <class F>
+void for_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case kFloat16:
+      return f(c10::Half());
+    case kBFloat16:
+      return f(c10::BFloat16());
+    case kFloat32:
+      return f(float());
+    default:
+      return f(double());
+  }
+}
+
+// A failed launch is reported with what was asked for.
+template <class F>
+void with_shape(const char* what, int64_t n, int64_t k, Dtype dtype, const F& f) {
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64"};
+  try {
+    f();
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(what) + " of " + std::to_string(n) + " rows of " + std::to_string(k) + " " +
+                             kNames[dtype] + " classes: " + error.what());
+  }
+}
+
+}  // namespace
+
+Plan forward_plan(const Call& call, const Device& device) {
+  const int64_t element = call.logits.element, bytes = call.k * element;
+  Plan plan;
+  if (bytes <= device.warp_bytes) {
+    plan.team_threads = kWarp;
+    plan.grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
+    return plan;
+  }
+  const bool reads_twice = bool(call.grad), wide_accesses = call.logits.class_stride == 1;
+  int cluster = 1;
+  if (reads_twice && wide_accesses && element < 8 && bytes <= device.on_chip_bytes()) {
+    while (cluster * device.part_bytes < bytes) cluster *= 2;
+    plan.form = Plan::kOnChip;
+  }
+  plan.team_threads = device.threads;
+  if (2 * call.n * cluster > device.multiprocessors || bytes < 2 * device.unit_bytes) {
+    const int64_t part = ratio_up(ratio_up(bytes, 16), cluster) * 16;
+    plan.grid = grid_of(call.n, device.threads, cluster, kSlotBytes + (plan.form == Plan::kOnChip ? part : 0));
+    return plan;
+  }
+  plan.form = Plan::kSplit;
+  plan.parts = std::min(ratio_up(2 * device.multiprocessors, call.n), ratio_up(bytes, device.unit_bytes));
+  plan.grid = grid_of(call.n * plan.parts, device.threads);
+  plan.merge_grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
+  plan.workspace_bytes = call.n * plan.parts * int64_t(call.wide ? sizeof(Stats<double>) : sizeof(Stats<float>));
+  return plan;
+}
+
+Plan part_plan(int64_t n, int64_t k, int64_t element, const Device& device) {
+  Plan plan;
+  plan.parts = ratio_up(k * element, device.unit_bytes);
+  plan.grid = grid_of(n * plan.parts, device.threads);
+  return plan;
+}
+
+void gpu_forward(const Call& call, const Device& device, void* stream, const std::function<void*(int64_t)>& allocate) {
+  if (call.n == 0) return;
+  const Plan plan = forward_plan(call, device);
+  void* workspace = plan.workspace_bytes > 0 ? allocate(plan.workspace_bytes) : nullptr;
+  with_shape("the loss", call.n, call.k, call.logits.dtype, [&] {
+    for_dtype(call.logits.dtype, [&](auto zero) { forward_of<decltype(zero)>(call, plan, workspace, stream); });
+  });
+  if (plan.form == Plan::kSplit && call.grad) gpu_backward(call, device, stream);
+}
+
+void gpu_backward(const Call& call, const Device& device, void* stream) {
+  if (call.n == 0) return;
+  const Plan plan = part_plan(call.n, call.k, call.logits.element, device);
+  with_shape("the gradient", call.n, call.k, call.logits.dtype, [&] {
+    for_dtype(call.logits.dtype, [&](auto zero) { backward_of<decltype(zero)>(call, plan, stream); });
+  });
+}
+
+void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const Device& device, void* stream) {
+  if (n == 0 || k == 0) return;
+  const Plan plan = part_plan(n, k, grad.element, device);
+  with_shape("the scaled gradient", n, k, grad.dtype, [&] {
+    for_dtype(grad.dtype, [&](auto zero) { scale_of<decltype(zero)>(grad, scale, n, k, plan, stream); });
+  });
+}
+
+}  // namespace lsk
