@@ -161,7 +161,9 @@ LSK_DEVICE void write_part(const Line<T>& line, const Part& part, int rank, int 
 }
 
 template <class T, bool kGeneral, bool kOnChip>
-LSK_KERNEL(kGeneral ? 1 : 2)
+LSK_KERNEL(kGeneral  ? 1
+           : kOnChip ? 3
+                     : 2)
 row_kernel(const Call call, const int team_threads) {
   using V = Acc<T>;
   const Team team(team_threads);
