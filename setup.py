@@ -49,7 +49,7 @@ def cuda_flags() -> tuple[list[str], dict[str, str]]:
         raise SystemExit(f"LABELSMOOTH_BUILD=cuda: {CUDA_HOME}/bin/nvcc does not tell its version: {nvcc.stdout!r}")
     version = int(found[1]), int(found[2])
     every = "7.5;8.0;9.0;10.0+PTX" if version >= (12, 8) else "7.5;8.0;9.0+PTX"
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", every)
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or every
     # Sums and products are rounded as on the CPU, so that forward and backward agree on every bit.
     flags = ["-O3", "--fmad=false", "--threads=2", "-diag-suppress=177"]
     return flags, {"cuda": ".".join(map(str, version)), "architectures": architectures}

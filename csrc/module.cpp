@@ -21,18 +21,29 @@ pybind11::dict build_info() {
 #else
   const char* compiler = "gcc " __VERSION__;
 #endif
-#if !defined(LSK_CUDA)
-#define LSK_CUDA ""
-#define LSK_ARCHITECTURES ""
+#if defined(LSK_CUDA)
+  const char *cuda = LSK_CUDA, *architectures = LSK_ARCHITECTURES;
+#else
+  const char *cuda = "", *architectures = "";
 #endif
   return pybind11::dict("torch"_a = TORCH_VERSION, "compiler"_a = compiler, "cpu_capability"_a = lsk::cpu_capability(),
-                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads(), "cuda"_a = LSK_CUDA,
-                        "architectures"_a = LSK_ARCHITECTURES);
+                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads(), "cuda"_a = cuda,
+                        "architectures"_a = architectures);
 }
 
 }  // namespace
 
+#if defined(LSK_CUDA)
+namespace lsk {
+int cuda_capability(int index);
+}
+#endif
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled row operators of labelsmooth_kernels";
   m.def("build_info", &build_info, "Versions of the build, and what the running process selects.");
+#if defined(LSK_CUDA)
+  m.def("cuda_capability", &lsk::cuda_capability,
+        "What the kernels for a GPU were compiled for; 0 if for none like it.");
+#endif
 }

@@ -96,21 +96,13 @@ def _load_cuda() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    architectures = importlib.import_module("labelsmooth_kernels._C").build_info()["architectures"]
+    compiled = importlib.import_module("labelsmooth_kernels._C")
     for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        if not _compiled_for(architectures, major, minor):
+        if compiled.cuda_capability(i) == 0:
+            major, minor = torch.cuda.get_device_capability(i)
+            architectures = compiled.build_info()["architectures"]
             return f"GPU {i} has compute capability {major}.{minor}, and the kernels were compiled for {architectures}"
     return None
-
-
-def _compiled_for(architectures: str, major: int, minor: int) -> bool:
-    """Machine code runs on its own generation, at its minor version and above; PTX on everything newer."""
-    for name in architectures.replace(" ", ";").split(";"):
-        version = tuple(int(part.rstrip("af")) for part in name.removesuffix("+PTX").split("."))
-        if (version[0] == major and version[1] <= minor) or (name.endswith("+PTX") and version <= (major, minor)):
-            return True
-    return False
 
 
 def _load_triton() -> str | None:

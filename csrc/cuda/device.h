@@ -89,6 +89,17 @@ LSK_DEVICE void wait_for_batch() {
 #endif
 }
 
+// The capability that a kernel was compiled for, of the code that runs on the current GPU: what __CUDA_ARCH__ was, and
+// with it whether there are clusters, also where a newer GPU makes its machine code from PTX. 0 where there is none.
+template <class... Parameters>
+int compiled_for(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess)
+    return attributes.ptxVersion;
+  cudaGetLastError();  // not for the next call to find
+  return 0;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
@@ -104,14 +115,11 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void* st
   cudaError_t error = cudaSuccess;
   if (grid.shared_bytes > 48 * 1024)  // what a kernel may have without asking
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes));
+                                 static_cast<int>(grid.most_shared_bytes));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // not for the next call to find
-  throw std::runtime_error(std::string(name) + ": a launch of " + std::to_string(grid.blocks) + " blocks of " +
-                           std::to_string(grid.threads) + " threads, in clusters of " + std::to_string(grid.cluster) +
-                           ", with " + std::to_string(grid.shared_bytes) +
-                           " bytes of shared memory failed: " + cudaGetErrorString(error));
+  throw std::runtime_error(refused(name, grid) + cudaGetErrorString(error));
 }
 
 }  // namespace lsk

@@ -31,21 +31,21 @@ struct Team {
     step = grid_blocks() / cluster_size() * teams;
   }
 
-  // The sums of all of the team's threads, in each of them.
-  template <class V>
+  // The sums of all of the team's threads, in each of them; their numbers are powers of two.
+  template <bool kGeneral, class V>
   __device__ Stats<V> merged(Stats<V> s) const {
-    s = over_lanes(s);
+    s = over_lanes<kGeneral>(s, kWarp);
     warp_barrier();
     if (in_block == kWarp) return s;
     Stats<V>* slots = reinterpret_cast<Stats<V>*>(shared_memory());
-    const int lane = thread_id() % kWarp, warps = in_block / kWarp;
+    const int lane = thread_id() % kWarp, warps = in_block / kWarp, blocks = cluster_size();
     if (lane == 0) slots[thread_id() / kWarp] = s;
     block_barrier();
-    s = over_lanes(lane < warps ? slots[lane] : no_stats<V>());
-    if (cluster_size() > 1) {
+    s = over_lanes<kGeneral>(slots[lane % warps], warps);
+    if (blocks > 1) {
       if (thread_id() == 0) slots[warps] = s;
       cluster_barrier();
-      s = over_lanes(lane < cluster_size() ? of_peer(slots + warps, lane) : no_stats<V>());
+      s = over_lanes<kGeneral>(of_peer(slots + warps, lane % blocks), blocks);
       cluster_barrier();  // a block may end, and with it its shared memory, only after this
     } else {
       block_barrier();  // the slots are free for the next row
@@ -54,23 +54,34 @@ struct Team {
   }
 
  private:
-  template <class V>
-  __device__ static Stats<V> over_lanes(Stats<V> s) {
-    for (int mask = 1; mask < kWarp; mask *= 2) s = merge(s, exchange(s, mask));
+  // Of `count` adjacent lanes.
+  template <bool kGeneral, class V>
+  __device__ static Stats<V> over_lanes(Stats<V> s, int count) {
+    for (int mask = 1; mask < count; mask *= 2) s = merge(s, kGeneral ? exchange(s, mask) : exchange_plain(s, mask));
     return s;
+  }
+  // Without the sums that only options have.
+  template <class V>
+  __device__ static Stats<V> exchange_plain(const Stats<V>& s, int mask) {
+    struct Plain {
+      V max, sum;
+      Moments<V> rest;
+      int64_t best;
+    };
+    const Plain p = exchange(Plain{s.max, s.sum, s.rest, s.best}, mask);
+    return {p.max, p.sum, 0, p.rest, {0, 0}, {0, 0}, 0, p.best};
   }
 };
 
-// A part of a row's vectors, and whether the edges go with it.
+// One of the parts of a row: its vectors [begin, end), and in turns with the others the edges.
 struct Part {
-  int64_t begin, end;
-  bool edges;
+  int64_t begin, end, index, parts;
 };
 
 LSK_DEVICE Part part_of(int64_t vectors, int64_t i, int64_t parts) {
   const int64_t each = (vectors + parts - 1) / parts, begin = i * each;
   const int64_t end = begin + each < vectors ? begin + each : vectors;
-  return {begin < end ? begin : end, end, i == 0};
+  return {begin < end ? begin : end, end, i, parts};
 }
 
 // f(vector) of the part for this thread of `threads`; forwards, several loads ahead of their use.
@@ -114,9 +125,9 @@ LSK_DEVICE void sum_on_chip(const Line<T>& line, const Part& part, int rank, int
 }
 
 template <class T, bool kGeneral>
-LSK_DEVICE void sum_edges(const Line<T>& line, int rank, int threads, const Given<T, kGeneral>& given,
+LSK_DEVICE void sum_edges(const Line<T>& line, const Part& part, int rank, int threads, const Given<T, kGeneral>& given,
                           Sums<T, kGeneral>& sums) {
-  for (int64_t e = rank; e < line.edges(); e += threads) {
+  for (int64_t e = part.index * threads + rank; e < line.edges(); e += part.parts * threads) {
     const int64_t k = line.class_of_edge(e);
     sums.add(Lanes<Acc<T>, 1>{{line.at(k)}}, k, given);
   }
@@ -144,17 +155,29 @@ struct Hot {
   }
 };
 
-// The gradient of a part; backwards, so that what was read last is read first.
+// The gradient of a part; backwards, so that what was read last is read first. Loads go ahead of stores, which the
+// compiler cannot do for them: the gradient may lie over the logits, each thread's over its own.
 template <class T, bool kGeneral>
 LSK_DEVICE void write_part(const Line<T>& line, const Part& part, int rank, int threads, const Bits16* on_chip,
                            const Rule<T, kGeneral>& rule, const Output<T>& out) {
-  for (int64_t i = part.begin + rank; i < part.end; i += threads) {
-    const int64_t back = on_chip != nullptr ? i : part.end - 1 - (i - part.begin), k = line.class_of_vector(back);
-    const Bits16 bits = rule.zero ? Bits16{} : on_chip != nullptr ? on_chip[i - part.begin] : load16(line.vector(back));
-    out.store(k, rule.at(unpack<T>(bits), k));
+  constexpr int U = kUnroll<kGeneral>;
+  if (on_chip != nullptr) {
+    for (int64_t i = part.begin + rank; i < part.end; i += threads) {
+      const int64_t k = line.class_of_vector(i);
+      out.store(k, rule.at(unpack<T>(rule.zero ? Bits16{} : on_chip[i - part.begin]), k));
+    }
+  } else {
+    for (int64_t i = part.end - 1 - rank; i >= part.begin; i -= int64_t(U) * threads) {
+      Bits16 bits[U] = {};
+      _Pragma("unroll") for (int u = 0; u < U; ++u) if (!rule.zero && i - u * threads >= part.begin) bits[u] =
+          load16(line.vector(i - u * threads));
+      _Pragma("unroll") for (int u = 0; u < U; ++u) {
+        const int64_t k = line.class_of_vector(i - u * threads);
+        if (i - u * threads >= part.begin) out.store(k, rule.at(unpack<T>(bits[u]), k));
+      }
+    }
   }
-  if (!part.edges) return;
-  for (int64_t e = rank; e < line.edges(); e += threads) {
+  for (int64_t e = part.index * threads + rank; e < line.edges(); e += part.parts * threads) {
     const int64_t k = line.class_of_edge(e);
     out.row.store(k, rule.at(Lanes<Acc<T>, 1>{{line.at(k)}}, k).v[0]);
   }
@@ -180,9 +203,9 @@ row_kernel(const Call call, const int team_threads) {
         sum_on_chip(line, part, rank, team_threads, on_chip, given, sums);
       else
         sum_part(line, part, rank, team_threads, given, sums);
-      if (part.edges) sum_edges(line, rank, team_threads, given, sums);
+      sum_edges(line, part, rank, team_threads, given, sums);
     }
-    Stats<V> s = team.merged(sums.stats());
+    Stats<V> s = team.template merged<kGeneral>(sums.stats());
     hot.join(s);
     const RowEnd<V> end = call.ended(row, s);
     if (team.rank == 0) call.store(row, end);
@@ -206,9 +229,9 @@ part_kernel(const Call call, Stats<Acc<T>>* sums_of_parts, const int64_t parts) 
     Sums<T, kGeneral> sums;
     if (!call.unread(row)) {
       sum_part(line, part, team.rank, team.size, given, sums);
-      if (part.edges) sum_edges(line, team.rank, team.size, given, sums);
+      sum_edges(line, part, team.rank, team.size, given, sums);
     }
-    const Stats<Acc<T>> s = team.merged(sums.stats());
+    const Stats<Acc<T>> s = team.template merged<kGeneral>(sums.stats());
     if (team.rank == 0) sums_of_parts[unit] = s;
   }
 }
@@ -221,26 +244,27 @@ merge_kernel(const Call call, const Stats<Acc<T>>* sums_of_parts, const int64_t 
   for (int64_t row = team.first; row < call.n; row += team.step) {
     Stats<Acc<T>> s = no_stats<Acc<T>>();
     for (int64_t i = team.rank; i < parts; i += kWarp) s = merge(s, sums_of_parts[row * parts + i]);
-    s = team.merged(s);
+    s = team.template merged<kGeneral>(s);
     const Line<T> line(call.logits, row, call.k);
     Hot<T, kGeneral>(line, row, Given<T, kGeneral>(call, line, row)).join(s);
     if (team.rank == 0) call.store(row, call.ended(row, s));
   }
 }
 
-// A gradient from what was saved, a block for each of `parts` parts of a row; it may lie over the logits.
+// A gradient from what was saved, a team for each of `parts` parts of a row; it may lie over the logits.
 template <class T, bool kGeneral>
 LSK_KERNEL(kGeneral ? 1 : 2)
-grad_kernel(const Call call, const int64_t parts) {
+grad_kernel(const Call call, const int team_threads, const int64_t parts) {
   using V = Acc<T>;
-  for (int64_t unit = block_id(); unit < call.n * parts; unit += grid_blocks()) {
+  const Team team(team_threads);
+  for (int64_t unit = team.first; unit < call.n * parts; unit += team.step) {
     const int64_t row = unit / parts;
     const Line<T> line(call.logits, row, call.k);
     const Given<T, kGeneral> given(call, line, row);
     const Rule<T, kGeneral> rule(given, row, call.zmax.get<V>(row), call.logsum.get<V>(row), call.mass.get<V>(row),
                                  call.count.get<V>(row));
     const Output<T> out(call.grad, line, row);
-    write_part(line, part_of(line.vectors, unit % parts, parts), thread_id(), block_threads(), nullptr, rule, out);
+    write_part(line, part_of(line.vectors, unit % parts, parts), team.rank, team.size, nullptr, rule, out);
   }
 }
 
@@ -248,20 +272,27 @@ grad_kernel(const Call call, const int64_t parts) {
 template <class T>
 LSK_KERNEL(2)
 scale_kernel(const View grad, const Acc<T>* scale, const int64_t n, const int64_t k, const int64_t parts) {
+  constexpr int U = 2;  // more of them spill on sm_100
   const Acc<T> factor = *scale;
   if (factor == 1) return;
+  const int rank = thread_id(), threads = block_threads();
   for (int64_t unit = block_id(); unit < n * parts; unit += grid_blocks()) {
     const int64_t row = unit / parts;
     const Line<T> line(grad, row, k);
     const Part part = part_of(line.vectors, unit % parts, parts);
     const Output<T> out(grad, line, row);
-    for (int64_t i = part.begin + thread_id(); i < part.end; i += block_threads()) {
-      Lanes<Acc<T>, kLanes<T>> g = unpack<T>(load16(line.vector(i)));
-      _Pragma("unroll") for (int j = 0; j < kLanes<T>; ++j) g.v[j] *= factor;
-      out.store(line.class_of_vector(i), g);
+    for (int64_t i = part.begin + rank; i < part.end; i += int64_t(U) * threads) {
+      Bits16 bits[U] = {};
+      _Pragma("unroll") for (int u = 0; u < U; ++u) if (i + u * threads < part.end) bits[u] =
+          load16(line.vector(i + u * threads));
+      _Pragma("unroll") for (int u = 0; u < U; ++u) {
+        if (i + u * threads >= part.end) break;
+        Lanes<Acc<T>, kLanes<T>> g = unpack<T>(bits[u]);
+        _Pragma("unroll") for (int j = 0; j < kLanes<T>; ++j) g.v[j] *= factor;
+        out.store(line.class_of_vector(i + u * threads), g);
+      }
     }
-    if (!part.edges) continue;
-    for (int64_t e = thread_id(); e < line.edges(); e += block_threads())
+    for (int64_t e = part.index * threads + rank; e < line.edges(); e += part.parts * threads)
       out.row.store(line.class_of_edge(e), line.at(line.class_of_edge(e)) * factor);
   }
 }
@@ -289,8 +320,8 @@ void forward_of(const Call& call, const Plan& plan, void* workspace, void* strea
 
 template <class T>
 void backward_of(const Call& call, const Plan& plan, void* stream) {
-  call.general() ? launch("grad_kernel", grad_kernel<T, true>, plan.grid, stream, call, plan.parts)
-                 : launch("grad_kernel", grad_kernel<T, false>, plan.grid, stream, call, plan.parts);
+  call.general() ? launch("grad_kernel", grad_kernel<T, true>, plan.grid, stream, call, plan.team_threads, plan.parts)
+                 : launch("grad_kernel", grad_kernel<T, false>, plan.grid, stream, call, plan.team_threads, plan.parts);
 }
 
 template <class T>

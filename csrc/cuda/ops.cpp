@@ -3,10 +3,24 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <atomic>
+
 #include "../operands.h"
 #include "run.h"
 
 namespace lsk {
+
+int cuda_capability(int index) {
+  static std::array<std::atomic<int>, 64> known = {};  // capability + 1
+  const bool keeps = index < static_cast<int>(known.size());
+  if (keeps && known[index] > 0) return known[index] - 1;
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
+  const int capability = compiled_capability();
+  if (keeps) known[index] = capability + 1;
+  return capability;
+}
+
 namespace {
 
 struct Cuda {
@@ -29,7 +43,10 @@ struct Cuda {
 
   static void scale(const View& view, const Tensor& rows, const Tensor& scale) {
     const Here here(rows);
-    gpu_scale(view, rows.numel() / rows.size(-1), rows.size(-1), scale.const_data_ptr(), here.device, here.stream);
+    const bool flat = rows.is_contiguous();  // one long row: short ones would leave threads without work
+    const int64_t n = rows.numel() / rows.size(-1);
+    gpu_scale(flat ? view_of(rows.view({1, -1}), "grad", true) : view, flat ? 1 : n, rows.numel() / (flat ? 1 : n),
+              scale.const_data_ptr(), here.device, here.stream);
   }
 
  private:
@@ -40,9 +57,10 @@ struct Cuda {
 
     explicit Here(const Tensor& t) : guard(t.device()), stream(c10::cuda::getCurrentCUDAStream()) {
       const int index = t.get_device();
-      device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                          attribute(cudaDevAttrComputeCapabilityMinor, index);
+      device.capability = cuda_capability(index);
+      TORCH_CHECK(device.capability > 0, "the CUDA kernels were not compiled for GPU ", index);
       device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+      device.room(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
     }
 
     static int attribute(cudaDeviceAttr name, int index) {

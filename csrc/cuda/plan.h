@@ -1,6 +1,8 @@
 // Which form of a kernel runs, on how many blocks of how many threads: the only table of the CUDA kernels.
 #pragma once
 
+#include <string>
+
 #include "../call.h"
 
 namespace lsk {
@@ -13,15 +15,20 @@ constexpr int64_t kSlotBytes = (kMaxThreads / kWarp + 1) * int64_t(sizeof(Stats<
 // the registers of a multiprocessor, which two blocks and more should share, so that one loads while another computes.
 // The tests choose smaller ones, to take every path with few threads.
 struct Device {
-  int capability = 0;  // 90 for 9.0
+  int capability = 0;  // that the running code was compiled for, 90 for 9.0
   int multiprocessors = 1;
   int threads = 256;             // of a block
   int few_threads = 128;         // of a block whose warps take a row each
   int64_t warp_bytes = 4096;     // of such a row: 8 accesses of 16 bytes by each thread
-  int64_t part_bytes = 1 << 16;  // of a row in a block's shared memory: three blocks to a multiprocessor
+  int64_t part_bytes = 1 << 16;  // of a row in a block's shared memory, which three blocks should share; see room()
   int max_cluster = 8;           // the largest on every GPU that has clusters
   int64_t unit_bytes = 1 << 15;  // that a block takes of a row where rows are cut: 8 accesses by each thread
 
+  // What of a row a block holds where a multiprocessor has so much shared memory.
+  void room(int64_t shared_bytes) {
+    const int64_t third = shared_bytes / 3 - 1024 - kSlotBytes;  // CUDA keeps 1 KiB of each block
+    part_bytes = third < part_bytes ? third / 16 * 16 : part_bytes;
+  }
   // Copies past the registers came with 8.0, clusters with 9.0.
   int64_t on_chip_bytes() const {
     return capability >= 90 ? max_cluster * part_bytes : capability >= 80 ? part_bytes : 0;
@@ -32,7 +39,14 @@ struct Grid {
   int64_t blocks = 0;
   int threads = 0, cluster = 1;
   int64_t shared_bytes = 0;
+  int64_t most_shared_bytes = 0;  // of any launch of the kernel: its limit is set to this, by every thread alike
 };
+
+inline std::string refused(const char* kernel, const Grid& grid) {
+  return std::string(kernel) + ": a launch of " + std::to_string(grid.blocks) + " blocks of " +
+         std::to_string(grid.threads) + " threads, in clusters of " + std::to_string(grid.cluster) + ", with " +
+         std::to_string(grid.shared_bytes) + " bytes of shared memory failed: ";
+}
 
 struct Plan {
   enum Form { kRows, kOnChip, kSplit } form = kRows;

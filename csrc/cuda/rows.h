@@ -154,6 +154,7 @@ struct Given {
   Narrow<V> probabilities;
   bool wide_accesses;  // to the probabilities, as to the logits
   V scale, cap;
+  bool capped;
 
   __device__ Given(const Call& c, const Line<T>& line, int64_t row)
       : call(c),
@@ -161,16 +162,17 @@ struct Given {
         wide_accesses(kGeneral && c.probabilities.dtype == kDtypeOf<T> && c.probabilities.class_stride == 1 &&
                       aligned(probabilities.data + line.head * sizeof(T))),
         scale(static_cast<V>(c.logit_scale)),
-        cap(static_cast<V>(c.softcap)) {}
+        cap(static_cast<V>(c.softcap)),
+        capped(kGeneral && c.softcap != 0) {}
 
   __device__ V transformed(V x) const {
     const V z = x * scale;
-    return !kGeneral || call.softcap == 0 || z == -V(INFINITY) ? z : cap * tanh(z / cap);
+    return !capped || z == -V(INFINITY) ? z : cap * tanh(z / cap);
   }
   // cap' of a capped z, from e = exp(-2|v|): 1 - tanh² would lose its digits where it is small.
   __device__ V slope(V x) const {
     const V z = x * scale;
-    if (!kGeneral || call.softcap == 0 || z == -V(INFINITY)) return 1;
+    if (!capped || z == -V(INFINITY)) return 1;
     const V e = exp(-2 * fabs(z / cap));
     return 4 * e / ((1 + e) * (1 + e));
   }
@@ -222,7 +224,9 @@ class Sums {
     if (top > s.max) {
       low = rescale(low, s.max, top);
       s = seen_from(s, top);
-      for (int j = N - 1; j >= 0; --j) s.best = z[j] == top ? k + j : s.best;
+      int first = 0;
+      for (int j = N - 1; j >= 0; --j) first = z[j] == top ? j : first;
+      s.best = k + first;
     } else if (N == 1 && top == s.max && k < s.best) {
       s.best = k;  // an edge in front of the vectors, which were summed before
     }
@@ -307,14 +311,18 @@ struct Rule {
       q = given.template of<N>(call.rest, k);
       if (call.probabilities) t = given.template t<N>(k), w = given.template of<N>(call.weight, k);
     }
+    V z[N];
     LSK_LANES(j) {
-      const V z = given.transformed(x.v[j]);
-      q.v[j] = kGeneral ? (call.finite && z == -V(INFINITY) ? V(0) : b * q.v[j]) : b;
+      z[j] = given.transformed(x.v[j]);
+      q.v[j] = kGeneral ? (call.finite && z[j] == -V(INFINITY) ? V(0) : b * q.v[j]) : b;
       if (kGeneral && call.probabilities) q.v[j] += a * (w.v[j] * t.v[j]);
-      if (k + j == y) q.v[j] += a_y;
-      g.v[j] = zero ? V(0) : factor * dz(mass, exp(log_p(z, V(1), zmax, logsum)), q.v[j]) * given.slope(x.v[j]);
+    }
+    const uint64_t hot = static_cast<uint64_t>(y - k);  // one comparison for most vectors; huge where y < k
+    if (hot < N) LSK_LANES(j) q.v[j] += j == int(hot) ? a_y : V(0);
+    LSK_LANES(j) {
+      g.v[j] = zero ? V(0) : factor * dz(mass, exp(log_p(z[j], V(1), zmax, logsum)), q.v[j]) * given.slope(x.v[j]);
       if (kGeneral && call.grad_of_target) {
-        const V down = q.v[j] == 0 && z == -V(INFINITY) ? V(0) : z - zmax;
+        const V down = q.v[j] == 0 && z[j] == -V(INFINITY) ? V(0) : z[j] - zmax;
         g.v[j] = factor * a * w.v[j] * (logsum - down);
       }
     }

@@ -11,11 +11,12 @@ namespace lsk {
 namespace {
 
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
+constexpr int64_t kScaleBlocks = 32;  // to a multiprocessor: where the scale is 1, they are all that is done
 
 int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Grid grid_of(int64_t blocks, int threads, int cluster = 1, int64_t shared_bytes = kSlotBytes) {
-  return {std::min(blocks, kMostBlocks / cluster) * cluster, threads, cluster, shared_bytes};
+  return {std::min(blocks, kMostBlocks / cluster) * cluster, threads, cluster, shared_bytes, shared_bytes};
 }
 
 template <class F>
@@ -64,6 +65,7 @@ Plan forward_plan(const Call& call, const Device& device) {
   if (2 * call.n * cluster > device.multiprocessors || bytes < 2 * device.unit_bytes) {
     const int64_t part = ratio_up(ratio_up(bytes, 16), cluster) * 16;
     plan.grid = grid_of(call.n, device.threads, cluster, kSlotBytes + (plan.form == Plan::kOnChip ? part : 0));
+    plan.grid.most_shared_bytes = kSlotBytes + device.part_bytes;
     return plan;
   }
   plan.form = Plan::kSplit;
@@ -76,8 +78,11 @@ Plan forward_plan(const Call& call, const Device& device) {
 
 Plan part_plan(int64_t n, int64_t k, int64_t element, const Device& device) {
   Plan plan;
+  const bool few = k * element <= device.warp_bytes;
+  plan.team_threads = few ? kWarp : device.threads;
   plan.parts = ratio_up(k * element, device.unit_bytes);
-  plan.grid = grid_of(n * plan.parts, device.threads);
+  plan.grid = few ? grid_of(ratio_up(n, device.few_threads / kWarp), device.few_threads)
+                  : grid_of(n * plan.parts, device.threads);
   return plan;
 }
 
@@ -101,7 +106,9 @@ void gpu_backward(const Call& call, const Device& device, void* stream) {
 
 void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const Device& device, void* stream) {
   if (n == 0 || k == 0) return;
-  const Plan plan = part_plan(n, k, grad.element, device);
+  Plan plan;
+  plan.parts = ratio_up(k * grad.element, device.unit_bytes);
+  plan.grid = grid_of(std::min(n * plan.parts, kScaleBlocks * device.multiprocessors), device.threads);
   with_shape("the scaled gradient", n, k, grad.dtype, [&] {
     for_dtype(grad.dtype, [&](auto zero) { scale_of<decltype(zero)>(grad, scale, n, k, plan, stream); });
   });

@@ -12,6 +12,10 @@ void gpu_forward(const Call& call, const Device& device, void* stream, const std
 void gpu_backward(const Call& call, const Device& device, void* stream);
 void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const Device& device, void* stream);
 
+// Of the code for the current GPU; 0 where the kernels were not compiled for it.
+int compiled_capability();
+int cuda_capability(int index);  // the same of a GPU by its number
+
 // Of one dtype; instantiated in a translation unit each.
 template <class T>
 void forward_of(const Call& call, const Plan& plan, void* workspace, void* stream);

@@ -1,6 +1,7 @@
 // The operators of the CUDA backend on CPU tensors, for tests: csrc/cuda on the threads of device.h.
 #include "../../csrc/operands.h"
 #include "cuda/run.h"
+#include "device.h"
 
 namespace lsk {
 namespace {
@@ -41,5 +42,9 @@ struct Shim {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) { implement<Shim>(m, "cuda"); }
+
+TORCH_LIBRARY(labelsmooth_cuda_shim, m) {
+  m.def("refuse_launches(bool refuse) -> ()", [](bool refuse) { refuse_launches = refuse; });
+}
 
 }  // namespace lsk
