@@ -201,6 +201,12 @@ struct Given {
   }
 };
 
+template <class V>
+LSK_DEVICE void count(Moments<V>& m, V weight, V dev) {
+  m.mass += weight;
+  m.dev += weighted(weight, dev);
+}
+
 // The sums of one thread. That of exponentials is held in two numbers: beside the 1 of a maximum each of thousands of
 // small terms would be rounded, and they are all that the loss of a confident row consists of.
 template <class T, bool kGeneral>
@@ -273,10 +279,6 @@ class Sums {
       count(s.t, t.v[j], z[j] - shift);
       count(s.wt, w.v[j] * t.v[j], z[j] - shift);
     }
-  }
-  __device__ static void count(Moments<V>& m, V weight, V dev) {
-    m.mass += weight;
-    m.dev += weighted(weight, dev);
   }
 };
 
