@@ -13,10 +13,10 @@ import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends
 
 
-def races(program: str) -> subprocess.CompletedProcess[str]:
+def races(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     if reason := build.missing(program):
         pytest.skip(reason)
-    return subprocess.run([build.OUT / program], capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run([build.OUT / program, *arguments], capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_no_thread_races_another() -> None:
@@ -42,7 +42,8 @@ def test_a_launch_that_fails_is_told_with_its_sizes() -> None:
 
 def test_a_missing_barrier_is_a_race() -> None:
     """Or the test above could not fail."""
-    assert "WARNING: ThreadSanitizer: data race" in races("races_planted").stderr
+    assert races("races", "one case").returncode == 0
+    assert "WARNING: ThreadSanitizer: data race" in races("races_planted", "one case").stderr
 
 
 @pytest.mark.parametrize(
