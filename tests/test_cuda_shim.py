@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import subprocess
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from cases import loss_and_grad
 from conftest import HAS_CUDA, skip_unless_available
 from cuda_shim import build
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def races(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,19 +30,34 @@ def test_no_thread_races_another() -> None:
     assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"rows", "on chip", "split"}
 
 
-def test_a_launch_that_fails_is_told_with_its_sizes() -> None:
+@pytest.fixture
+def refusals() -> Iterator[Any]:
+    """Switches that make launches fail."""
     if HAS_CUDA:
         pytest.skip("a GPU launches")
     skip_unless_available("cuda")
-    x = torch.randn(6, 37, requires_grad=True)
-    torch.ops.labelsmooth_cuda_shim.refuse_launches(True)
-    try:
-        message = "the loss of 6 rows of 37 float32 classes: row_kernel.*: a launch of 6 blocks of 64 threads"
-        with pytest.raises(RuntimeError, match=message):
-            lsk.cross_entropy(x, torch.arange(6), backend="cuda")
-    finally:
-        torch.ops.labelsmooth_cuda_shim.refuse_launches(False)
-    assert lsk.cross_entropy(x, torch.arange(6), backend="cuda").isfinite()
+    switches = torch.ops.labelsmooth_cuda_shim
+    yield switches
+    switches.refuse_launches(False)
+    switches.refuse_clusters(False)
+
+
+def test_a_launch_that_fails_is_told_with_its_sizes(refusals: Any) -> None:
+    refusals.refuse_launches(True)
+    message = "the loss of 6 rows of 37 float32 classes: row_kernel.*: a launch of 6 blocks of 64 threads"
+    with pytest.raises(RuntimeError, match=message):
+        lsk.cross_entropy(torch.randn(6, 37, requires_grad=True), torch.arange(6), backend="cuda")
+
+
+def test_rows_do_without_a_cluster_that_has_no_room(refusals: Any) -> None:
+    """90 classes lie in the shared memory of two blocks, or are read twice by one."""
+    x, y = torch.randn(6, 90), torch.arange(6)
+    results = []
+    for refuse in (False, True):
+        refusals.refuse_clusters(refuse)
+        results.append(loss_and_grad(("cuda", "cpu"), x, y, label_smoothing=0.1))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_a_missing_barrier_is_a_race() -> None:

@@ -100,8 +100,10 @@ int compiled_for(void (*kernel)(Parameters...)) {
   return 0;
 }
 
+// False where the GPU, or the part of it that a process was given, never has room for such a cluster.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream, Arguments... arguments) {
+bool launch_if_it_fits(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream,
+                       Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
@@ -117,9 +119,16 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void* st
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(grid.most_shared_bytes));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error == cudaSuccess) return;
+  if (error == cudaSuccess) return true;
   cudaGetLastError();  // not for the next call to find
+  if (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources) return false;
   throw std::runtime_error(refused(name, grid) + cudaGetErrorString(error));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream, Arguments... arguments) {
+  if (!launch_if_it_fits(name, kernel, grid, stream, arguments...))
+    throw std::runtime_error(refused(name, grid) + "more than this GPU has room for");
 }
 
 }  // namespace lsk

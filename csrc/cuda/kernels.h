@@ -302,13 +302,19 @@ void start_forward(const Call& call, const Plan& plan, void* workspace, void* st
   if (plan.form == Plan::kSplit) {
     auto* sums = static_cast<Stats<Acc<T>>*>(workspace);
     launch("part_kernel", part_kernel<T, kGeneral>, plan.grid, stream, call, sums, plan.parts);
-    launch("merge_kernel", merge_kernel<T, kGeneral>, plan.merge_grid, stream, call, sums, plan.parts);
-  } else if (plan.form == Plan::kOnChip) {
-    if constexpr (sizeof(T) < 8)
-      launch("row_kernel, on chip", row_kernel<T, kGeneral, true>, plan.grid, stream, call, plan.team_threads);
-  } else {
-    launch("row_kernel", row_kernel<T, kGeneral, false>, plan.grid, stream, call, plan.team_threads);
+    launch("merge_kernel", merge_kernel<T, kGeneral>, plan.second_grid, stream, call, sums, plan.parts);
+    return;
   }
+  Grid grid = plan.grid;
+  if constexpr (sizeof(T) < 8) {
+    if (plan.form == Plan::kOnChip) {
+      if (launch_if_it_fits("row_kernel, on chip", row_kernel<T, kGeneral, true>, grid, stream, call,
+                            plan.team_threads))
+        return;
+      grid = plan.second_grid;
+    }
+  }
+  launch("row_kernel", row_kernel<T, kGeneral, false>, grid, stream, call, plan.team_threads);
 }
 
 // The kernels of one dtype, for kernels.cpp: explicit instantiations in a translation unit for each.

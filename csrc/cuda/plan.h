@@ -50,9 +50,9 @@ inline std::string refused(const char* kernel, const Grid& grid) {
 
 struct Plan {
   enum Form { kRows, kOnChip, kSplit } form = kRows;
-  int team_threads = 0;  // of a block, on one row
-  int64_t parts = 1;     // of a row, in blocks of their own
-  Grid grid, merge_grid;
+  int team_threads = 0;    // of a block, on one row
+  int64_t parts = 1;       // of a row, in blocks of their own
+  Grid grid, second_grid;  // the second of the merge, or of rows where the GPU has no room for the cluster
   int64_t workspace_bytes = 0;
 };
 

@@ -66,12 +66,13 @@ Plan forward_plan(const Call& call, const Device& device) {
     const int64_t part = ratio_up(ratio_up(bytes, 16), cluster) * 16;
     plan.grid = grid_of(call.n, device.threads, cluster, kSlotBytes + (plan.form == Plan::kOnChip ? part : 0));
     plan.grid.most_shared_bytes = kSlotBytes + device.part_bytes;
+    plan.second_grid = grid_of(call.n, device.threads);
     return plan;
   }
   plan.form = Plan::kSplit;
   plan.parts = std::min(ratio_up(2 * device.multiprocessors, call.n), ratio_up(bytes, device.unit_bytes));
   plan.grid = grid_of(call.n * plan.parts, device.threads);
-  plan.merge_grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
+  plan.second_grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
   plan.workspace_bytes = call.n * plan.parts * int64_t(call.wide ? sizeof(Stats<double>) : sizeof(Stats<float>));
   return plan;
 }

@@ -125,7 +125,8 @@ int compiled_for(void (*)(Parameters...)) {
   return 90;
 }
 
-inline bool refuse_launches = false;  // as a GPU that has no room for them
+// As a GPU would that cannot launch anything, or has no room for a cluster.
+inline bool refuse_launches = false, refuse_clusters = false;
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, Arguments... arguments) {
@@ -148,6 +149,14 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, A
         }
       });
   for (std::thread& thread : threads) thread.join();
+}
+
+template <class... Parameters, class... Arguments>
+bool launch_if_it_fits(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream,
+                       Arguments... arguments) {
+  if (refuse_clusters && grid.cluster > 1) return false;
+  launch(name, kernel, grid, stream, arguments...);
+  return true;
 }
 
 }  // namespace lsk

@@ -45,6 +45,7 @@ TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) { implement<Shim>(m, "cuda"); }
 
 TORCH_LIBRARY(labelsmooth_cuda_shim, m) {
   m.def("refuse_launches(bool refuse) -> ()", [](bool refuse) { refuse_launches = refuse; });
+  m.def("refuse_clusters(bool refuse) -> ()", [](bool refuse) { refuse_clusters = refuse; });
 }
 
 }  // namespace lsk
