@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "cpu_kernels.h"
+#include "cuda/run.h"
 
 namespace {
 
@@ -32,12 +33,6 @@ pybind11::dict build_info() {
 }
 
 }  // namespace
-
-#if defined(LSK_CUDA)
-namespace lsk {
-int cuda_capability(int index);
-}
-#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled row operators of labelsmooth_kernels";

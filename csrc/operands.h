@@ -163,7 +163,7 @@ Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
 }
 
 // Row... are the arguments that all operators share. A Runner has `forward` and `backward` of a call, the tensor being
-// that of its logits, `fresh_like`, an uninitialised tensor, and `scale_`.
+// that of its logits, `fresh_like`, an uninitialised tensor, and `scale`.
 template <class Runner, class... Row>
 struct OperatorsOf {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, Row... row, bool with_grad,

@@ -14,6 +14,10 @@ namespace lsk {
 
 template <bool kGeneral>
 constexpr int kUnroll = kGeneral ? 1 : 4;  // loads ahead of their use; with options a class is several loads
+template <bool kGeneral, bool kOnChip>
+constexpr int kBlocks = kGeneral  ? 1
+                        : kOnChip ? 3
+                                  : 2;  // to a multiprocessor, for which registers must suffice
 constexpr int kBatches = 4;  // in which a row comes on chip: the first is summed while the last is on its way
 
 // The threads that work on one row.
@@ -84,7 +88,7 @@ LSK_DEVICE Part part_of(int64_t vectors, int64_t i, int64_t parts) {
   return {begin < end ? begin : end, end, i, parts};
 }
 
-// f(vector) of the part for this thread of `threads`; forwards, several loads ahead of their use.
+// This thread's share, one of `threads`, of the sums over a part; several loads ahead of their use.
 template <class T, bool kGeneral>
 LSK_DEVICE void sum_part(const Line<T>& line, const Part& part, int rank, int threads, const Given<T, kGeneral>& given,
                          Sums<T, kGeneral>& sums) {
@@ -184,9 +188,7 @@ LSK_DEVICE void write_part(const Line<T>& line, const Part& part, int rank, int 
 }
 
 template <class T, bool kGeneral, bool kOnChip>
-LSK_KERNEL(kGeneral  ? 1
-           : kOnChip ? 3
-                     : 2)
+LSK_KERNEL((kBlocks<kGeneral, kOnChip>))
 row_kernel(const Call call, const int team_threads) {
   using V = Acc<T>;
   const Team team(team_threads);
@@ -218,7 +220,7 @@ row_kernel(const Call call, const int team_threads) {
 
 // The sums of one of `parts` parts of a row, a block each.
 template <class T, bool kGeneral>
-LSK_KERNEL(kGeneral ? 1 : 2)
+LSK_KERNEL((kBlocks<kGeneral, false>))
 part_kernel(const Call call, Stats<Acc<T>>* sums_of_parts, const int64_t parts) {
   const Team team(block_threads());
   for (int64_t unit = team.first; unit < call.n * parts; unit += team.step) {
@@ -238,7 +240,7 @@ part_kernel(const Call call, Stats<Acc<T>>* sums_of_parts, const int64_t parts) 
 
 // A row from the sums of its parts, a warp each.
 template <class T, bool kGeneral>
-LSK_KERNEL(kGeneral ? 1 : 2)
+LSK_KERNEL((kBlocks<kGeneral, false>))
 merge_kernel(const Call call, const Stats<Acc<T>>* sums_of_parts, const int64_t parts) {
   const Team team(kWarp);
   for (int64_t row = team.first; row < call.n; row += team.step) {
@@ -253,7 +255,7 @@ merge_kernel(const Call call, const Stats<Acc<T>>* sums_of_parts, const int64_t 
 
 // A gradient from what was saved, a team for each of `parts` parts of a row; it may lie over the logits.
 template <class T, bool kGeneral>
-LSK_KERNEL(kGeneral ? 1 : 2)
+LSK_KERNEL((kBlocks<kGeneral, false>))
 grad_kernel(const Call call, const int team_threads, const int64_t parts) {
   using V = Acc<T>;
   const Team team(team_threads);
@@ -270,7 +272,7 @@ grad_kernel(const Call call, const int team_threads, const int64_t parts) {
 
 // grad *= scale, which lies on the device: nothing is written where it is 1.
 template <class T>
-LSK_KERNEL(2)
+LSK_KERNEL((kBlocks<false, false>))
 scale_kernel(const View grad, const Acc<T>* scale, const int64_t n, const int64_t k, const int64_t parts) {
   constexpr int U = 2;  // more of them spill on sm_100
   const Acc<T> factor = *scale;
@@ -317,7 +319,7 @@ void start_forward(const Call& call, const Plan& plan, void* workspace, void* st
   launch("row_kernel", row_kernel<T, kGeneral, false>, grid, stream, call, plan.team_threads);
 }
 
-// The kernels of one dtype, for kernels.cpp: explicit instantiations in a translation unit for each.
+// The kernels of one dtype, for run.cpp: explicit instantiations in a translation unit for each.
 template <class T>
 void forward_of(const Call& call, const Plan& plan, void* workspace, void* stream) {
   call.general() ? start_forward<T, true>(call, plan, workspace, stream)

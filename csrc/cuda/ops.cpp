@@ -43,10 +43,7 @@ struct Cuda {
 
   static void scale(const View& view, const Tensor& rows, const Tensor& scale) {
     const Here here(rows);
-    const bool flat = rows.is_contiguous();  // one long row: short ones would leave threads without work
-    const int64_t n = rows.numel() / rows.size(-1);
-    gpu_scale(flat ? view_of(rows.view({1, -1}), "grad", true) : view, flat ? 1 : n, rows.numel() / (flat ? 1 : n),
-              scale.const_data_ptr(), here.device, here.stream);
+    gpu_scale(view, rows.numel() / rows.size(-1), rows.size(-1), scale.const_data_ptr(), here.device, here.stream);
   }
 
  private:

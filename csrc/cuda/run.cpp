@@ -107,6 +107,9 @@ void gpu_backward(const Call& call, const Device& device, void* stream) {
 
 void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const Device& device, void* stream) {
   if (n == 0 || k == 0) return;
+  const bool dense =
+      grad.class_stride == 1 && grad.row_stride == k && (n == grad.inner || grad.outer_stride == grad.inner * k);
+  if (dense && n > 1) return gpu_scale(grad, 1, n * k, scale, device, stream);  // short rows would leave threads idle
   Plan plan;
   plan.parts = ratio_up(k * grad.element, device.unit_bytes);
   plan.grid = grid_of(std::min(n * plan.parts, kScaleBlocks * device.multiprocessors), device.threads);

@@ -1,9 +1,9 @@
 // The functions of csrc/cuda/device.h on a CPU, for tests: a thread per CUDA thread, real barriers.
 //
 // Modelled: threads, warps of 32 that exchange values, blocks, clusters whose blocks read each other's shared memory,
-// uninitialised shared memory (filled with NaNs), alignment of 16-byte accesses. Not modelled: asynchronous copies
-// (they are done at once, so a missing wait does not show), several clusters at a time, the weak order of memory,
-// divergence inside a warp, the GPU's exp and log, limits on registers and shared memory, and speed.
+// shared memory that is NaNs before a block writes it and after the block ends, asynchronous copies (none is done
+// before it is waited for), alignment of 16-byte accesses. Not modelled: several clusters at a time, the weak order of
+// memory, divergence inside a warp, the GPU's exp and log, limits on registers and shared memory, and speed.
 #pragma once
 
 #include <pthread.h>
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -115,10 +116,15 @@ LSK_DEVICE void store16(void* p, Bits16 x) {
   check_aligned(p);
   *static_cast<Bits16*>(p) = x;
 }
-LSK_DEVICE void copy16(void* shared, const void* p) { store16(shared, load16(p)); }
-LSK_DEVICE void end_batch() {}
+// As late as a GPU may: what is not waited for has not come.
+inline thread_local std::deque<std::vector<std::pair<void*, const void*>>> batches(1);
+LSK_DEVICE void copy16(void* shared, const void* p) { batches.back().emplace_back(shared, p); }
+LSK_DEVICE void end_batch() { batches.emplace_back(); }
 template <int kLater>
-LSK_DEVICE void wait_for_batch() {}
+LSK_DEVICE void wait_for_batch() {
+  for (; batches.size() > kLater + 1; batches.pop_front())
+    for (const auto& [shared, p] : batches.front()) store16(shared, load16(p));
+}
 
 template <class... Parameters>
 int compiled_for(void (*)(Parameters...)) {
@@ -145,6 +151,8 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, A
           if (thread == 0) memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof shared[0]);
           cluster.barrier.wait();
           kernel(static_cast<Parameters>(arguments)...);
+          here.own().barrier.wait();  // a block's shared memory ends with it, whoever still wants to read there
+          if (thread == 0) memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof shared[0]);
           cluster.barrier.wait();
         }
       });
