@@ -11,7 +11,7 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint aot cuda sanitize bench gpu doctor clean
+.PHONY: demo test lint aot cuda sanitize bench report gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
@@ -43,9 +43,14 @@ sanitize: .venv/built
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p no:cacheprovider -k "cpu-cpu" \
 	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py tests/test_linear.py
 
+# The CPU's figures, in ten minutes. RUN="--cases smoke --minutes 1" shows that all of it runs and that no speed is lost;
+# RUN="--group logits", RUN="--out bench/results/cpu.jsonl": see `python -m bench run --help`.
 bench: .venv/built
-	$(BIN)/python -m bench.cpu
-	$(BIN)/python -m bench.options
+	$(BIN)/python -m bench run $(RUN)
+
+# The pictures, a page and the README's tables, from bench/results.
+report: .venv/built
+	$(BIN)/python -m bench report --readme
 
 # The CUDA extension, compiled and imported without a GPU in an environment of its own (5 GB), and its machine code.
 CUDA_ARCHITECTURES ?= 7.5;8.0;9.0;10.0

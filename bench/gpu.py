@@ -1,10 +1,10 @@
-"""``python -m bench.gpu --out DIR``: everything that only a GPU can show, in one command of at most 8 minutes.
+"""``python -m bench.gpu --out DIR``: everything that only a GPU can show, in one command of at most 9 minutes.
 
-Stages: install the tree in place, with the CUDA kernels where there is nvcc; run the whole test suite, and some of it
-under compute-sanitizer, where there is that; time the fused linear loss; time the losses. Each has a budget; one that
-runs over is cut, which is said, and the next one starts. Logs, junit.xml and the figures (JSON, and a table, printed
-last) stay in DIR. It needs an NVIDIA GPU, torch, Triton, a C++ compiler, and what NEEDED names; no
-network.
+Stages: build the tree in place, with the CUDA kernels where there is nvcc; run the test suite, and some of it under
+compute-sanitizer, where there is that; time every case beside its peers; sweep launch plans; write a page of it all.
+A stage that runs over its share is cut, which is said, and the next one starts. A second run in the same DIR goes on:
+stages that were done are not repeated, and the cases that were measured are not measured again. DIR holds run.log,
+state.json, results.jsonl, tests.xml and a page. It needs an NVIDIA GPU and what NEEDED names; no network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -19,19 +20,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
-from .harness import ROOT, describe, provenance
+from . import aims, results
+from .__main__ import INCOMPLETE
 
-TOTAL_S = 470.0
-LINEAR_S = 60.0
-NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "setuptools", "ninja", "pybind11")
-# times: what the others left
-BUDGETS_S = {"install": 110.0, "tests": 170.0, "sanitizers": 60.0, "linear": LINEAR_S, "times": TOTAL_S}
+NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "setuptools", "ninja", "pybind11", "matplotlib")
+# Of the time that is left, beside the stages that follow.
+SHARES = {"build": 1.5, "tests": 3.0, "sanitizers": 1.0, "bench": 4.0, "tune": 1.0, "report": 0.3}
+# What only a GPU can fail comes before the rest of the suite.
+FIRST = ("test_on_gpu.py", "test_parity_table.py", "test_regressions.py", "test_linear.py", "test_tiled.py")
 SANITIZED = "tests/test_parity_table.py -k 'cuda-cuda and (odd or others or ignored or masked or weights)'"
-TUNE_S = 600.0
 
 
 def environment() -> dict[str, str]:
@@ -53,69 +55,76 @@ def sanitizers() -> list[str]:
     return ["bash", "-c", " && ".join(f"{program} --error-exitcode 1 --tool {tool} {test}" for tool in tools)]
 
 
-def run_stage(name: str, command: list[str], out: Path, budget_s: float) -> str:
-    """Run a command, its output in DIR/name.log; "ok", or what went wrong. Over the budget all its processes end."""
-    log = out / f"{name}.log"
-    print(f"\n{name}: at most {budget_s:.0f} s, log in {log}", flush=True)
-    begin = time.monotonic()
-    with log.open("w") as stream:
+def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
+    """What each stage runs; ``--minutes`` is added for those that divide their time themselves."""
+    figures, python = str(out / "results.jsonl"), [sys.executable, "-m"]
+    on = ["--device", arguments.device, "--out", figures]
+    tests = [f"tests/{name}" for name in FIRST] + ["tests", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
+    small = ["--cases", "smoke"] if arguments.device == "cpu" else []
+    found = {
+        "build": [*python, "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."],
+        "tests": [*python, "pytest", *tests, f"--junitxml={out / 'tests.xml'}"],
+        "sanitizers": sanitizers(),
+        "bench": [*python, "bench", "run", *on, "--resume", *small],
+        "tune": [*python, "bench.tune", *on, *(["--tiny"] if small else [])],
+        "report": [*python, "bench", "report", "--results", figures, "--out", str(out)],
+    }
+    return {name: found[name] for name in SHARES if found[name] and name in (arguments.stage or SHARES)}
+
+
+def run_stage(name: str, command: list[str], log: Path, budget_s: float) -> str:
+    """Run a command, its output added to the log; "ok", or what went wrong. Over the budget all its processes end."""
+    if name in ("bench", "tune"):
+        command = [*command, "--minutes", f"{max(budget_s - 20, budget_s / 2) / 60:.3f}"]  # the rest: start, last case
+    print(f"\n{name}: at most {budget_s:.0f} s", flush=True)
+    with log.open("a") as stream:
+        stream.write(f"\n===== {name}: {' '.join(command)}\n")
+        stream.flush()
+        begin = stream.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            command,
+            cwd=results.ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
         )
         try:
             code = process.wait(timeout=budget_s)
-            outcome = "ok" if code == 0 else f"failed with exit code {code}"
+            outcome = {0: "ok", INCOMPLETE: "incomplete: run again to go on"}.get(code, f"failed with exit code {code}")
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             if isinstance(stop, KeyboardInterrupt):
                 raise
-            outcome = f"cut after {budget_s:.0f} s: what its log holds is all there is"
-    tail = log.read_text(errors="replace").splitlines()[-(3 if outcome == "ok" and name != "linear" else 25) :]
+            outcome = f"cut after {budget_s:.0f} s: what it wrote is all there is"
+    with log.open(errors="replace") as stream:
+        stream.seek(begin)
+        tail = stream.read().splitlines()[-(4 if outcome == "ok" else 25) :]
     print("\n".join(f"    {line}" for line in tail))
-    print(f"{name}: {outcome} ({time.monotonic() - begin:.0f} s)", flush=True)
     return outcome
 
 
-def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
-    python = [sys.executable, "-m"]
-    install = ["pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-    tests = ["pytest", "tests", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'junit.xml'}"]
-    times = [
-        "bench.gpu_times",
-        "--out",
-        str(out),
-        "--device",
-        arguments.device,
-        *(["--tiny"] if arguments.tiny else []),
-    ]
-    linear = ["bench.linear", "--device", arguments.device, "--budget", "8", "--out", str(out / "linear.json")]
-    linear += ["--quick"] if arguments.tiny else []
-    result = {"install": install, "tests": tests, "linear": linear, "times": times}
-    result = {name: [*python, *command] for name, command in result.items()}
-    if tools := sanitizers():
-        result = {"install": result.pop("install"), "tests": result.pop("tests"), "sanitizers": tools, **result}
-    if arguments.tune:
-        result["tune"] = [*python, *times, "--tune"]
-    return {name: command for name, command in result.items() if name not in arguments.skip}
+def end(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--tune", action="store_true", help="then sweep the launch table, for 10 minutes more at most")
-    parser.add_argument("--skip", nargs="+", default=[], choices=list(BUDGETS_S), help="leave stages out")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: exercises this program only")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: exercises this program only")
+    parser.add_argument("--stage", nargs="+", choices=list(SHARES), help="only these, also where they were done")
+    parser.add_argument("--minutes", type=float, default=9, help="for the whole run; default: %(default)s")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: shows that this program runs")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse()
+    begin = time.monotonic()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: torch finds no CUDA device on this machine, so nothing was run.", file=sys.stderr)
         return 2
@@ -124,23 +133,29 @@ def main() -> int:
         return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in ("times.md", "tune.md", "times.json", "tune.json", "junit.xml"):
-        (out / stale).unlink(missing_ok=True)
-    print(describe(provenance(arguments.device)))
-    deadline = time.monotonic() + TOTAL_S
-    outcomes = {}
-    for name, command in commands(arguments, out).items():
-        left = TUNE_S if name == "tune" else max(1.0, min(BUDGETS_S[name], deadline - time.monotonic()))
-        outcomes[name] = run_stage(name, command, out, left)
-    for name in ("tune", "times"):
-        table = out / f"{name}.md"
-        if table.exists():
-            print(f"\n{table.read_text()}")
-    print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
-    if outcomes.get("tests", "ok") != "ok":
-        print("The tests did not all pass: no figure above may be quoted.")
-    print(f"logs and figures: {out}")
-    return 0 if set(outcomes.values()) <= {"ok"} else 1
+    facts = results.provenance(arguments.device)
+    print(results.describe(facts))
+    state_file = out / "state.json"
+    state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    if state.get("commit") != facts["commit"]:
+        state = {"commit": facts["commit"]}  # what another tree has passed says nothing of this one
+    todo = commands(arguments, out)
+    if not arguments.stage:
+        todo = {name: command for name, command in todo.items() if state.get(name) != "ok" or name == "report"}
+    for name in list(todo):
+        left = 60 * arguments.minutes - (time.monotonic() - begin)
+        share = SHARES[name] / sum(SHARES[n] for n in list(todo)[list(todo).index(name) :])
+        state[name] = run_stage(name, todo[name], out / "run.log", max(5.0, left * share))
+        state_file.write_text(json.dumps(state, indent=1) + "\n")
+    figures = out / "results.jsonl"
+    if figures.exists():
+        found = aims.of([row for row in results.newest(results.load(figures)) if row["group"] != "tune"])
+        print(f"\n{aims.table(found)}\n")
+    print("\n".join(f"{name}: {outcome}" for name, outcome in state.items()))
+    if state.get("tests") != "ok":
+        print("The tests did not all pass here: no figure above may be quoted.")
+    print(f"log, figures and page: {out}")
+    return 0 if all(state[name] == "ok" for name in todo) else 1
 
 
 if __name__ == "__main__":

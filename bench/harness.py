@@ -1,207 +1,209 @@
-"""One case, many providers: interleaved timing behind a correctness gate.
+"""The providers of one case, each behind a correctness gate, timed in interleaved rounds.
 
-Bytes model: one unit is one read or one write of the N×K logits. The floor is 2 units for loss and gradient (read the
-logits, write the gradient) and 1 for the loss alone; the GB/s of a row are those bytes over its time, whatever the
-provider really moves. The ceiling is a copy (2 units) measured in the same rounds.
+A **task** (``logits``, ``linear``, ``options``, …) makes the inputs of a case, names the providers and measures their
+errors against float64; this file times whatever passes. Work model: ``Case.floor_bytes`` and ``Case.flops`` are the
+least that a case asks for, whatever a provider really moves; the ceiling of a case is a provider too (a copy, three
+GEMMs), timed in the same rounds.
 
-What is not timed: refilling logits that a provider overwrites, and freeing its results.
+What is not timed: refilling logits that a provider overwrites, freeing its results, and evicting caches.
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib
-import importlib.util
 import json
-import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 EPS = 0.1
-ROOT = Path(__file__).resolve().parent.parent
+IGNORED = -100
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Logits (n, k), ε = 0.1; ``backward`` False is the loss alone, under no_grad."""
+    """(n, k) logits, of d features where a linear head makes them (d = 0: they are given); ε; what is computed."""
 
+    group: str
     n: int
     k: int
-    dtype: torch.dtype
+    d: int = 0
+    dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
+    eps: float = EPS
     backward: bool = True
-
-    @property
-    def units(self) -> int:
-        return 2 if self.backward else 1
-
-    @property
-    def unit_bytes(self) -> int:
-        return self.n * self.k * self.dtype.itemsize
+    data: str = "randn"  # "zipf": see inputs.py
 
     @property
     def name(self) -> str:
-        what = "forward+backward" if self.backward else "loss only"
-        return f"{self.n}×{self.k} {str(self.dtype).removeprefix('torch.')} {what}"
+        shape = f"{self.n} × {self.k:,}" + (f", D {self.d:,}" if self.d else "")
+        words = [shape, SHORT[self.dtype]]
+        words += [f"ε = {self.eps:g}"] * (self.eps != EPS) + ["loss only"] * (not self.backward)
+        words += ["Zipf, ignored rows"] * (self.data == "zipf")
+        return ", ".join(words)
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.n * self.k * self.dtype.itemsize
+
+    @property
+    def floor_bytes(self) -> int:
+        """Each operand read once, and its gradient, where there is one, written once."""
+        operands = (self.n + self.k) * self.d * self.dtype.itemsize if self.d else self.logits_bytes
+        return operands * (2 if self.backward else 1)
+
+    @property
+    def flops(self) -> int:
+        """Of the head's products: one for the logits, two for the gradients."""
+        return 2 * self.n * self.k * self.d * (3 if self.backward else 1)
+
+    @property
+    def work(self) -> int:
+        """What bounds the case: products where there are any, else bytes."""
+        return self.flops or self.floor_bytes
 
 
 @dataclass
 class Inputs:
-    logits: Tensor  # a leaf that requires grad
-    original: Tensor  # the same values, never handed to a provider
-    target: Tensor
+    leaves: tuple[Tensor, ...]  # what gradients are asked of
+    originals: tuple[Tensor, ...]  # the same values, never handed to a provider
+    target: Any
+    expected: dict[float, Any] = field(default_factory=dict)  # a task's oracle, by ε
+
+    def refill(self) -> None:
+        with torch.no_grad():
+            for leaf, original in zip(self.leaves, self.originals, strict=True):
+                leaf.copy_(original)
+
+    def unchanged(self) -> bool:
+        return all(torch.equal(a.detach(), b) for a, b in zip(self.leaves, self.originals, strict=True))
 
 
-def make_inputs(case: Case) -> Inputs:
-    generator = torch.Generator(case.device).manual_seed(0)
-    values = torch.randn(case.n, case.k, generator=generator, device=case.device).mul_(2).to(case.dtype)
-    target = torch.randint(case.k, (case.n,), generator=generator, device=case.device)
-    return Inputs(values.clone().requires_grad_(case.backward), values, target)
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Step = Callable[[Inputs], tuple[Tensor, Tensor | None]]
+Results = tuple[Tensor, ...]  # the loss, then the gradients of the leaves
+Loss = Callable[..., Tensor]  # of (*leaves, target, ε)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the step of a case; a copy is a provider without a gate.
-
-    ``exact``: arithmetic in float32 is promised, so in half precision the gate is one rounding of the gradient.
-    """
+    """One way to do the step of a case. A ceiling has no errors; its ``work`` is what it does in the case's unit."""
 
     name: str
-    step: Step
+    step: Callable[[Inputs], Results] | None
+    eps: float | None = None  # None: the case's; a provider that cannot smooth says 0, and so in its note
+    note: str | None = None
     overwrites: bool = False
-    exact: bool = False
-    is_copy: bool = False
+    exact: bool = False  # arithmetic in float32 is promised, so in half precision a gradient is rounded once
+    work: int | None = None
+    refused: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # what a task's oracle must know of it
 
 
-def loss_step(loss: Loss, backward: bool) -> Step:
-    def step(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        with torch.set_grad_enabled(backward):
-            value = loss(inputs.logits, inputs.target)
-        return value.detach(), torch.autograd.grad(value, inputs.logits)[0] if backward else None
+def losing(name: str, loss: Loss, case: Case, *, eps: float | None = None, **traits: Any) -> Provider:
+    """The provider of a loss and, where the case wants them, the gradients of its leaves."""
+    smoothing = case.eps if eps is None else eps
 
-    return step
+    def step(inputs: Inputs) -> Results:
+        with torch.set_grad_enabled(case.backward):
+            value = loss(*inputs.leaves, inputs.target, smoothing)
+        return value.detach(), *(torch.autograd.grad(value, inputs.leaves) if case.backward else ())
+
+    return Provider(name, step, eps=eps, **traits)
 
 
-@dataclass
-class Errors:
-    """Largest deviations from float64: of the loss, relative; of the gradient's entries p - q, relative to p + q."""
+class Task(Protocol):
+    baseline: str  # the provider that ratios are over
 
-    loss: float
-    target: float = 0.0
-    rest: float = 0.0  # of the other classes; where p is small, a smoothing that was lost shows here as 1
+    def inputs(self, case: Case, seed: int) -> Inputs: ...
+    def providers(self, case: Case) -> list[Provider]: ...
+    def errors(self, case: Case, provider: Provider, inputs: Inputs, results: Results) -> dict[str, float]: ...
+    def limits(self, case: Case, provider: Provider) -> dict[str, float]: ...
 
 
 @dataclass
 class Row:
+    """One provider of one case; times in ms. What was not measured is None."""
+
+    group: str
+    case: str
     provider: str
     ms: float | None = None
     p20: float | None = None
     p80: float | None = None
     host_ms: float | None = None  # until the call returns; on a GPU the device may still be at work
+    ratio: float | None = None  # its time over the baseline's: the median over the rounds
     gb_per_s: float | None = None
-    percent_of_copy: float | None = None
+    tflop_per_s: float | None = None
+    percent_of_ceiling: float | None = None
     extra_bytes: int | None = None  # peak beyond the inputs, results included
-    errors: Errors | None = None
+    count: int | None = None  # of what is counted, not timed
+    errors: dict[str, float] | None = None
     repeats: int = 0
+    note: str | None = None
     refused: str | None = None
-    samples_ms: list[float] = field(default_factory=list)
+    sizes: dict[str, Any] = field(default_factory=dict)  # n, k, d, dtype, ... for plots
 
 
-# Limits of (loss, target, rest). A provider that works in half precision rounds log-probabilities of -8 to -24 to 8
-# bits, and so p by some per cent; one that works in float32 rounds the gradient once.
-_LIMITS = {torch.float32: (1e-5, 1e-5, 1e-4), torch.bfloat16: (2**-7, 2**-6, 2**-3)}
-_EXACT_LIMITS = {torch.float32: (2e-6, 2e-6, 1e-5), torch.bfloat16: (2e-6, 1.01 * 2**-8, 1.01 * 2**-8)}
-
-
-def oracle_errors(inputs: Inputs, loss: Tensor, grad: Tensor | None) -> Errors:
-    """Against the closed form in float64, in chunks of rows: its memory stays small beside the case's."""
-    n, k = inputs.original.shape
-    chunk = max(1, 2**24 // k)
-    total, targets, rest = 0.0, [], []
-    for begin in range(0, n, chunk):
-        z = inputs.original[begin : begin + chunk].double()
-        y = inputs.target[begin : begin + chunk, None]
-        lse = z.logsumexp(-1, keepdim=True)
-        total += (lse - (1 - EPS) * z.gather(-1, y) - EPS * z.mean(-1, keepdim=True)).sum().item()
-        if grad is None:
-            continue
-        p = z.sub_(lse).exp_()
-        q = torch.full_like(p, EPS / k).scatter_add_(-1, y, torch.full_like(y, 1 - EPS, dtype=p.dtype))
-        off = (grad[begin : begin + chunk].double().mul_(n) - (p - q)).abs_().div_(p.add_(q))
-        targets.append(off.gather(-1, y).max())
-        rest.append(off.scatter_(-1, y, 0).max())
-    errors = Errors(abs(loss.double().item() * n / total - 1))
-    if grad is not None:
-        errors.target, errors.rest = (torch.stack(values).max().item() for values in (targets, rest))
-    return errors
-
-
-def gate(case: Case, provider: Provider, inputs: Inputs) -> tuple[Errors | None, str | None]:
+def gate(task: Task, case: Case, provider: Provider, inputs: Inputs) -> tuple[dict[str, float] | None, str | None]:
     """Run the provider once: (its errors, why its times are not to be printed)."""
-    loss, grad = provider.step(inputs)
-    if provider.is_copy:
+    assert provider.step is not None
+    results = provider.step(inputs)
+    if provider.work is not None:
         return None, None
-    if case.backward and grad is None:
+    if case.backward and len(results) != 1 + len(inputs.leaves):
         return None, "no gradient"
-    if not provider.overwrites and not torch.equal(inputs.logits.detach(), inputs.original):
-        return None, "it changed the caller's logits"
-    errors = oracle_errors(inputs, loss, grad)
-    limits = (_EXACT_LIMITS if provider.exact else _LIMITS)[case.dtype]
-    for name, limit in zip(("loss", "target", "rest"), limits, strict=True):
-        error = getattr(errors, name)
-        if not error <= limit:  # also a NaN
-            return errors, f"the {name} is off by {error:.1e}, allowed is {limit:.1e}"
+    if not provider.overwrites and not inputs.unchanged():
+        return None, "it changed the caller's tensors"
+    errors = task.errors(case, provider, inputs, results)
+    limits = task.limits(case, provider)
+    for name, error in errors.items():
+        if not error <= limits[name]:  # also a NaN
+            return errors, f"the {name} is off by {error:.1e}, allowed is {limits[name]:.1e}"
     return errors, None
 
 
-def refill(inputs: Inputs) -> None:
-    with torch.no_grad():
-        inputs.logits.copy_(inputs.original)
-
-
 class Stopwatch:
-    """(time, host time) of one call in ms: perf_counter on the CPU; on a GPU events, read by ``finish``."""
+    """(time, host time) of one call in ms: perf_counter on the CPU; on a GPU events, read by ``finish``.
 
-    def __init__(self, device: str) -> None:
-        self.is_cuda = device == "cuda"
+    ``cold`` writes memory beyond every cache before each call. On a GPU something must keep the device busy until the
+    host has queued the call, so that the events enclose the work of the device, not the launching: that writing, or
+    else a kernel that spins.
+    """
+
+    def __init__(self, device: str, cold: bool) -> None:
+        self.is_cuda, self.cold = device == "cuda", cold
         self.pending: list[tuple[list[float], Any, Any]] = []
-        if self.is_cuda:
-            # Zeroing it evicts the L2 cache and keeps the device busy until the host has queued the call, so that the
-            # events enclose the work of the device, not the launching.
-            self.scratch = torch.empty(min(2**30, torch.cuda.mem_get_info()[0] // 8) // 4, device=device)
+        self.scratch = torch.empty(0)
+        if cold:
+            size = min(2**30, torch.cuda.mem_get_info()[0] // 8) if self.is_cuda else 2**28
+            self.scratch = torch.empty(size // 4, device=device)
 
-    def run(self, step: Step, inputs: Inputs, times: list[float], host_times: list[float]) -> None:
+    def run(self, step: Callable[[Inputs], Results], inputs: Inputs, times: list[float], host: list[float]) -> None:
+        if self.cold:
+            for _ in range(3 if self.is_cuda else 1):
+                self.scratch.zero_()
         if not self.is_cuda:
             begin = time.perf_counter()
             results = step(inputs)  # bound, so that freeing it comes after the clock is read
             times.append((time.perf_counter() - begin) * 1e3)
-            host_times.append(times[-1])
+            host.append(times[-1])
             del results
             return
+        if not self.cold:
+            torch.cuda._sleep(1_000_000)  # cycles: half a millisecond
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(3):
-            self.scratch.zero_()
         start.record()
         begin = time.perf_counter()
         step(inputs)
-        host_times.append((time.perf_counter() - begin) * 1e3)
+        host.append((time.perf_counter() - begin) * 1e3)
         end.record()
         self.pending.append((times, start, end))
 
@@ -235,92 +237,93 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     return max(accumulate((change["args"]["Bytes"] for change in changes), initial=0))
 
 
-def _admit(case: Case, provider: Provider, inputs: Inputs, row: Row) -> bool:
-    """Gate, memory and warm-up of one provider; a failure is a reason in its row, not the end of the run."""
+def admit(task: Task, case: Case, provider: Provider, inputs: Inputs, row: Row) -> bool:
+    """Gate and memory of one provider; a failure is a reason in its row, not the end of the run."""
+    row.refused = provider.refused
+    row.note = provider.note if case.eps else None
+    if provider.step is None:
+        return False
     try:
-        row.errors, row.refused = gate(case, provider, inputs)
-        refill(inputs)
+        row.errors, row.refused = gate(task, case, provider, inputs)
+        inputs.refill()
         if row.refused is None:
-            row.extra_bytes = peak_bytes(lambda: provider.step(inputs), case.device)
-            refill(inputs)
+            step = provider.step
+            row.extra_bytes = peak_bytes(lambda: step(inputs), case.device)
     except Exception as error:  # whatever a foreign provider or a compiler raises
-        row.refused = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
-        refill(inputs)
+        row.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+    inputs.refill()
     return row.refused is None
 
 
-def measure(case: Case, providers: list[Provider], ceiling: str, budget_s: float, least: int = 9) -> list[Row]:
-    """Time the providers of a case for budget_s seconds, at least so many rounds, each in a new order: what one leaves
-    behind (warm caches, free memory that the system has to fetch back) must not always meet the same next one."""
-    inputs = make_inputs(case)
-    rows = {provider.name: Row(provider.name) for provider in providers}
-    admitted = [p for p in providers if _admit(case, p, inputs, rows[p.name])]
-    host: dict[str, list[float]] = {p.name: [] for p in admitted}
-    stopwatch, shuffler = Stopwatch(case.device), random.Random(0)
-    warm_up, rounds, begin = 2, 0, 0.0
-    while rounds < warm_up + least or (time.perf_counter() - begin < budget_s and rounds < 2000):
-        if rounds == warm_up:
-            for name, samples in host.items():
-                samples.clear()
-                rows[name].samples_ms.clear()
-            begin = time.perf_counter()
-        for provider in shuffler.sample(admitted, len(admitted)):
-            stopwatch.run(provider.step, inputs, rows[provider.name].samples_ms, host[provider.name])
-            if provider.overwrites:
-                refill(inputs)
-        stopwatch.finish()
-        rounds += 1
+def input_sets(task: Task, case: Case) -> list[Inputs]:
+    """One set where its bytes exceed the caches several times, else as many as do: no call meets its own data."""
+    size = max(1, case.floor_bytes)
+    caches = 2**28 if case.device == "cuda" else 2**26
+    return [task.inputs(case, seed) for seed in range(min(8, -(-caches // size)))]
+
+
+LEAST, MOST = 3, 2000
+
+
+def measure(case: Case, task: Task, budget_s: float, *, cold: bool | None = None, rotate: bool = True) -> list[Row]:
+    """Every provider of a case, gated and then timed: about budget_s seconds in all, but at least LEAST rounds.
+
+    ``cold`` None: on a GPU.
+    """
+    deadline = time.perf_counter() + budget_s
+    sets = input_sets(task, case) if rotate else [task.inputs(case, 0)]
+    providers = task.providers(case)
+    sizes = {name: getattr(case, name) for name in ("n", "k", "d", "eps", "backward", "data")}
+    sizes |= {"dtype": SHORT[case.dtype], "gradient_bytes": case.floor_bytes // 2 if case.backward else 0}
+    rows = {p.name: Row(case.group, case.name, p.name, sizes=sizes) for p in providers}
+    admitted = [p for p in providers if admit(task, case, p, sets[0], rows[p.name])]
+    for inputs in sets:
+        inputs.expected.clear()
+    watch = Stopwatch(case.device, case.device == "cuda" if cold is None else cold)
+    times, host = time_rounds(admitted, sets, watch, deadline)
     for provider in admitted:
-        row = rows[provider.name]
-        deciles = statistics.quantiles(row.samples_ms, n=10, method="inclusive")
+        row, samples = rows[provider.name], times[provider.name]
+        deciles = statistics.quantiles(samples, n=10, method="inclusive")
         row.p20, row.ms, row.p80 = deciles[1], deciles[4], deciles[7]
-        row.host_ms, row.repeats = statistics.median(host[row.provider]), len(row.samples_ms)
-        row.gb_per_s = (2 if provider.is_copy else case.units) * case.unit_bytes / row.ms / 1e6
-    copy_rate = rows[ceiling].gb_per_s
-    for row in rows.values():
-        if row.gb_per_s and copy_rate:
-            row.percent_of_copy = 100 * row.gb_per_s / copy_rate
+        row.host_ms, row.repeats = statistics.median(host[provider.name]), len(samples)
+        if base := times.get(task.baseline):
+            row.ratio = statistics.median(a / b for a, b in zip(samples, base, strict=False))
+        work = provider.work or case.work
+        row.gb_per_s = (case.floor_bytes if case.flops else work) / row.ms / 1e6
+        row.tflop_per_s = work / row.ms / 1e9 if case.flops else None
+    rates = {p.name: (p.work or case.work) / (rows[p.name].ms or 1) for p in admitted}
+    if best := max((rates[p.name] for p in admitted if p.work is not None), default=None):
+        for name, rate in rates.items():
+            rows[name].percent_of_ceiling = 100 * rate / best
     return list(rows.values())
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+Samples = dict[str, list[float]]
 
 
-def _git(*command: str) -> str | None:
-    try:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def time_rounds(
+    providers: list[Provider], sets: list[Inputs], watch: Stopwatch, deadline: float
+) -> tuple[Samples, Samples]:
+    """(times, host times) of every provider by round, the first, a warm-up, left out.
 
-
-def _commit() -> str | None:
-    """The commit of the tree that is measured, marked where files differ from it; None outside a git checkout."""
-    head = _git("rev-parse", "--short", "HEAD")
-    return f"{head}+changes" if head and _git("status", "--porcelain") else head
-
-
-def provenance(device: str) -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": _cpu_model(),
-        "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "load average": round(os.getloadavg()[0], 1),  # before the run: others on the machine spoil a time
-    }
-
-
-def as_json(case: Case, rows: list[Row]) -> dict[str, Any]:
-    rows_as_dicts = [asdict(row) for row in rows]
-    return {"case": case.name, "device": case.device, "unit_bytes": case.unit_bytes, "rows": rows_as_dicts}
-
-
-def describe(facts: dict[str, Any]) -> str:
-    return " · ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
+    Each round has a new order, since what one leaves behind (caches, free memory that the system has to fetch back)
+    must not always meet the same next one. Where time is too short for ten rounds, a provider that takes over 3/10 of
+    a round sits out after LEAST of them.
+    """
+    times: Samples = {p.name: [] for p in providers}
+    host: Samples = {p.name: [] for p in providers}
+    shuffler, playing, rounds = random.Random(0), providers, 0
+    while rounds <= LEAST or (time.perf_counter() < deadline and rounds < MOST):
+        inputs = sets[rounds % len(sets)]
+        for provider in shuffler.sample(playing, len(playing)):
+            assert provider.step is not None
+            watch.run(provider.step, inputs, times[provider.name], host[provider.name])
+            if provider.overwrites:
+                inputs.refill()
+        watch.finish()
+        rounds += 1
+        if rounds == LEAST + 1:
+            took = {p.name: times[p.name][-1] for p in playing}
+            if deadline - time.perf_counter() < (10 - LEAST) * sum(took.values()) / 1e3:
+                playing = [p for p in playing if took[p.name] < 0.3 * sum(took.values())]
+    return {name: t[1:] for name, t in times.items()}, {name: t[1:] for name, t in host.items()}

@@ -1,114 +1,118 @@
-"""The providers that are compared and the table that shows them."""
+"""Every comparison: groups of cases, the task that each is given to, its share of the time."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import labelsmooth_kernels as lsk
-from labelsmooth_kernels import backends
+from .harness import Case, Task
+from .linear import Linear
+from .logits import Logits
+from .options import Layout, Options
+from .training import Distillation, TrainingStep
 
-from .harness import EPS, Case, Inputs, Loss, Provider, Row, Step, loss_step
-
-OURS, OURS_INPLACE, OURS_CUDA = "lsk", "lsk in place", "lsk, CUDA C++"
-EAGER, COMPILED, LIGER = "F.cross_entropy", "torch.compile", "Liger"
-FRESH_COPY, COPY = "allocate and copy", "copy into existing memory"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def _eager(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, label_smoothing=EPS)
+@dataclass(frozen=True)
+class Entry:
+    task: Task
+    case: Case
+    share: float = 1.0  # of the time, beside the others'
 
 
-KERNELS = {"cpu": "cpu", "cuda": "triton"}  # named, since a fall to the reference must not be timed under our name
-
-
-def _ours(backend: str, inplace: bool) -> Loss:
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        result = lsk.cross_entropy(logits, target, label_smoothing=EPS, inplace=inplace, backend=backend)
-        assert isinstance(result, Tensor)
-        return result
-
-    return loss
-
-
-def _compiled() -> Loss:
-    torch.compiler.reset()  # a function compiled for one case would be generalised to dynamic shapes in the next
-    compiled: Loss = torch.compile(_eager, dynamic=False, fullgraph=True)
-    return compiled
-
-
-def _liger() -> Loss | None:
-    try:
-        module: Any = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError:
-        return None
-    return lambda logits, target: module.liger_cross_entropy(logits, target, label_smoothing=EPS)
-
-
-def _copy_fresh(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    source = inputs.original
-    return torch.empty_like(source).copy_(source), None
-
-
-def copy_existing() -> Step:
-    memory: list[Tensor] = []
-
-    def step(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        if not memory:
-            memory.append(torch.empty_like(inputs.original))
-        return memory[0].copy_(inputs.original), None
-
-    return step
-
-
-def providers(case: Case, *, fresh_copy: bool, liger: bool = False, compiled: bool = True) -> list[Provider]:
-    def losing(name: str, loss: Loss, **traits: bool) -> Provider:
-        return Provider(name, loss_step(loss, case.backward), **traits)
-
-    backend = KERNELS[case.device]
-    result = [losing(OURS, _ours(backend, inplace=False), exact=True)]
-    if case.backward:
-        result.append(losing(OURS_INPLACE, _ours(backend, inplace=True), exact=True, overwrites=True))
-    if case.device == "cuda" and backends.BACKENDS["cuda"].unavailable() is None:
-        result.append(losing(OURS_CUDA, _ours("cuda", inplace=False), exact=True))
-    result.append(losing(EAGER, _eager))
-    if compiled:
-        result.append(losing(COMPILED, _compiled()))
-    if liger and case.device == "cuda" and (loss := _liger()) is not None:
-        result.append(losing(LIGER, loss, overwrites=True))
-    if fresh_copy:
-        result.append(Provider(FRESH_COPY, _copy_fresh, is_copy=True))
-    result.append(Provider(COPY, copy_existing(), is_copy=True))
-    return result
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def markdown(case: Case, rows: list[Row], ours_name: str = OURS) -> str:
-    """The table of one case; a refused provider keeps its row, without times."""
-    lines = [
-        f"**{case.name}** (logits: {case.unit_bytes / 1e6:.4g} MB; floor: {case.units} × that)",
-        "",
-        "| | ms | p20 to p80 | host ms | GB/s | % of copy | × ours | MB beyond inputs | error: loss / target / rest |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+def cpu() -> list[Entry]:
+    """Sizes that two cores go through in ten minutes."""
+    bare = Logits(with_compile=False, with_peers=False)
+    found = [
+        Entry(Logits(with_peers=False), Case("logits", n, k, dtype=dtype), 3)
+        for dtype in (F32, BF16)
+        for n, k in ((1024, 32000), (512, 128256))
     ]
-    ours = next((row.ms for row in rows if row.provider == ours_name), None)
-    for row in rows:
-        errors = row.errors
-        shown = "" if errors is None else f"{errors.loss:.0e}"
-        if errors is not None and case.backward:
-            shown += f" / {errors.target:.0e} / {errors.rest:.0e}"
-        cells = [row.provider, _number(row.ms, ".4g"), f"{_number(row.p20, '.4g')} to {_number(row.p80, '.4g')}"]
-        cells += [_number(row.host_ms, ".4g"), _number(row.gb_per_s, ".4g"), _number(row.percent_of_copy, ".0f")]
-        cells.append(_number(row.ms / ours if row.ms and ours else None, ".2f"))
-        cells += [_number(None if row.extra_bytes is None else row.extra_bytes / 1e6, ".4g"), shown]
-        if row.refused is not None:
-            cells = [row.provider, "—", f"refused: {row.refused}", "", "", "", "", "", shown]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    found += [
+        Entry(bare, Case("logits", 1024, 32000, dtype=F16)),
+        Entry(bare, Case("logits", 1024, 32000, dtype=F32, backward=False)),
+        Entry(bare, Case("logits", 1024, 32000, dtype=F32, data="zipf")),
+        Entry(bare, Case("logits", 1024, 32000, dtype=F32, eps=0.0)),
+    ]
+    found += [Entry(bare, Case("few rows", n, 128256, dtype=F32), 0.5) for n in (8, 16, 128)]
+    found += [Entry(bare, Case("growth in K", 128, k, dtype=F32), 0.7) for k in (1024, 8192, 32768, 131072, 2**20)]
+    found += [Entry(bare, Case("growth in N", n, 32000, dtype=F32), 0.7) for n in (16, 64, 256, 1024, 4096)]
+    calls = Logits(with_peers=False)
+    found += [Entry(calls, Case("calls", n, k, dtype=F32), 0.7) for n, k in ((8, 1000), (64, 1000))]
+    found.append(Entry(Options(), Case("options", 1024, 32000, dtype=F32), 3))
+    found += [
+        Entry(Layout(16), Case("layouts", 1024, 32000, dtype=F32)),
+        Entry(Layout(4096), Case("layouts", 4096, 8000, dtype=F32)),
+    ]
+    head = Linear(with_peers=False)
+    sizes = ((1024, 32000, 4), (512, 128256, 6))
+    found += [Entry(head, Case("linear", n, k, 512, t), share) for t in (F32, BF16) for n, k, share in sizes]
+    found += [Entry(head, Case("linear", 512, 32000, 512, F32, data="zipf"), 1)]
+    found += [Entry(Linear(own=True), Case("cost of smoothing", 512, 32000, 512, t), 2) for t in (F32, BF16)]
+    found += [Entry(head, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
+    found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
+    found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
+    return found
+
+
+MODELS = {"Llama 3": (4096, 128256), "Gemma 2": (2304, 256000), "Qwen 2.5": (3584, 152064), "GPT-2": (768, 50257)}
+
+
+def cuda() -> list[Entry]:
+    """The most telling ones first: a run that is cut leaves what it has."""
+    task, bare = Logits(), Logits(with_compile=False)
+    found = [Entry(task, Case("logits", 8192, 128256, device="cuda"), 2)]
+    found.append(Entry(Linear(), Case("linear", 8192, 128256, 4096, device="cuda"), 4))
+    found += [Entry(bare, Case("few rows", n, 128256, device="cuda")) for n in (8, 16, 32, 128)]
+    shapes = ((32768, 32000), (8192, 50257), (8192, 256000), (4096, 151936))
+    found += [Entry(task, Case("logits", n, k, device="cuda"), 2) for n, k in shapes]
+    for change in ({"dtype": F32}, {"dtype": F16}, {"backward": False}, {"eps": 0.0}, {"data": "zipf"}):
+        found.append(Entry(bare, Case("logits", 8192, 128256, device="cuda", **change)))
+    found += [Entry(bare, Case("growth in K", 2048, 2**e, device="cuda")) for e in range(10, 21, 2)]
+    found += [Entry(bare, Case("growth in N", n, 128256, device="cuda")) for n in (64, 256, 1024, 4096, 16384)]
+    found += [Entry(Linear(), Case("linear", n, 128256, 4096, device="cuda"), 2) for n in (1024, 4096, 16384)]
+    found += [Entry(Linear(), Case("linear", 8192, k, d, device="cuda"), 2) for d, k in list(MODELS.values())[1:]]
+    found.append(Entry(Linear(), Case("linear", 8192, 128256, 4096, device="cuda", data="zipf"), 2))
+    found.append(Entry(Linear(own=True), Case("cost of smoothing", 8192, 128256, 4096, device="cuda"), 2))
+    found += [Entry(Linear(), Case("growth in D", 4096, 32000, d, device="cuda")) for d in (512, 1024, 2048, 8192)]
+    found += [Entry(task, Case("calls", n, k, dtype=F32, device="cuda")) for n, k in ((8, 1000), (64, 1000))]
+    found.append(Entry(Options(), Case("options", 8192, 32000, device="cuda"), 2))
+    found.append(Entry(Layout(16), Case("layouts", 8192, 32000, device="cuda")))
+    found.append(Entry(Distillation(), Case("distillation", 4096, 32000, device="cuda", eps=0.0)))
+    found.append(Entry(TrainingStep(), Case("training step", 8192, 128256, 1024, device="cuda")))
+    return found
+
+
+def smoke(device: str) -> list[Entry]:
+    """Every task once, so small that it only shows that all of it runs; and one case large enough for a ratio."""
+    bare = Logits(with_compile=False, with_peers=device == "cuda")
+    at_logits = [Entry(bare, Case("logits", 16, 4096, dtype=t, device=device)) for t in (BF16, F16)]
+    at_logits += [Entry(bare, Case("logits", 16, 4096, dtype=F32, device=device, backward=False))]
+    at_logits += [Entry(bare, Case("logits", 64, 4096, dtype=F32, device=device, data="zipf"))]
+    return [
+        Entry(bare, Case("logits", 1024, 32000, dtype=F32, device=device), 6),
+        *at_logits,
+        Entry(Logits(with_peers=False), Case("calls", 8, 1000, dtype=F32, device=device)),
+        Entry(Options(), Case("options", 32, 4096, dtype=F32, device=device)),
+        Entry(Layout(16), Case("layouts", 64, 1000, dtype=F32, device=device)),
+        Entry(Linear(with_peers=device == "cuda"), Case("linear", 96, 5000, 64, F32, device)),
+        Entry(Linear(own=True), Case("cost of smoothing", 96, 5000, 64, BF16, device)),
+        Entry(Distillation(), Case("distillation", 32, 4096, dtype=F32, device=device, eps=0.0)),
+        Entry(TrainingStep(32), Case("training step", 64, 1000, 64, F32, device)),
+    ]
+
+
+def peers(device: str) -> list[Entry]:
+    """Every peer once: on a CPU through Triton's interpreter, to show that each is called as it is meant."""
+    found = [
+        Entry(Logits(False, interpreted=True), Case("peers", 8, 512, dtype=F32, device=device, eps=e)) for e in (0, 0.1)
+    ]
+    return [*found, Entry(Linear(interpreted=True), Case("peers", 32, 512, 64, F32, device))]
+
+
+def entries(device: str, which: str) -> list[Entry]:
+    if which == "full":
+        return cuda() if device == "cuda" else cpu()
+    return {"smoke": smoke, "peers": peers}[which](device)

@@ -1,0 +1,127 @@
+"""``python -m bench run | compare | report``: measure, hold two runs against each other, draw and write."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import aims, report, results, suite
+from .harness import Row, measure
+from .logits import EAGER, OURS
+from .training import recompilations
+
+# Of F.cross_entropy's time over ours at the smoke run's large case: half of what is aimed at, beyond what noise does.
+REGRESSION = 3.0
+INCOMPLETE = 3  # the exit code where time ran out
+LATE_S = 1.0  # less than this is left to no case
+
+
+def wanted(arguments: argparse.Namespace, facts: dict[str, Any]) -> list[suite.Entry]:
+    """The entries of the groups asked for, without those that an earlier, interrupted run of this commit measured."""
+    entries = suite.entries(arguments.device, arguments.cases)
+    known = {entry.case.group for entry in entries} | {"recompilations"}
+    if unknown := set(arguments.group or ()) - known:
+        raise SystemExit(f"--group {' '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    done = set()
+    if arguments.resume and arguments.out.exists():
+        same = (*results.MACHINE, "commit", "torch")
+        done = {results.key(r) for r in results.load(arguments.out) if all(r.get(n) == facts[n] for n in same)}
+    chosen = [entry for entry in entries if not arguments.group or entry.case.group in arguments.group]
+    return [entry for entry in chosen if (entry.case.group, entry.case.name) not in done]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA device on this machine")
+    facts = results.provenance(arguments.device)
+    print(results.describe(facts))
+    deadline, records, left_out = time.monotonic() + 60 * arguments.minutes, [], []
+    entries = wanted(arguments, facts)
+    cold = None if arguments.cache is None else arguments.cache == "cold"
+    for i, entry in enumerate(entries):
+        left = deadline - time.monotonic()
+        if left < LATE_S:
+            left_out.append(f"{entry.case.group}: {entry.case.name}")
+            continue
+        share = left * entry.share / sum(e.share for e in entries[i:])
+        rows = measure(entry.case, entry.task, share, cold=cold, rotate=arguments.cache != "warm")
+        records += add(arguments.out, rows, facts)
+    if not arguments.group or "recompilations" in arguments.group:
+        records += add(arguments.out, recompilations(arguments.device), facts)
+    found = aims.of(records)
+    if found and arguments.cases == "full":
+        print(f"\n{aims.table(found)}")
+    if left_out:
+        print("\nNo time was left for:\n" + "\n".join(left_out))
+    if facts["load average"] > 0.5:
+        print(f"\nLoad average {facts['load average']}: others were at work, so these times are not to be quoted.")
+    print(f"\nadded to {arguments.out}")
+    return verdict(records, arguments.cases) or (INCOMPLETE if left_out else 0)
+
+
+def add(path: Path, rows: list[Row], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write rows, show them case by case, and return them."""
+    records = results.append(path, rows, facts)
+    for case in dict.fromkeys(results.key(r) for r in records):
+        print(f"\n{report.of_case([r for r in records if results.key(r) == case]).markdown()}", flush=True)
+    return records
+
+
+def verdict(records: list[dict[str, Any]], cases: str) -> int:
+    """1 where one of ours was refused, or where the smoke run shows that ours has lost its speed."""
+    refused = [r for r in records if r["provider"].startswith("ours") and "refused" in r]
+    for row in refused:
+        print(f"REFUSED {row['group']}, {row['case']}, {row['provider']}: {row['refused']}", file=sys.stderr)
+    slow = False
+    if cases == "smoke":
+        first = {r["provider"]: r for r in records if results.key(r) == results.key(records[0])}
+        ratio = aims.times(first, EAGER, OURS)
+        slow = ratio is None or ratio < REGRESSION
+        print(
+            f"{EAGER} takes {ratio and round(ratio, 1)} times as long as ours; less than {REGRESSION} is a regression."
+        )
+    return 1 if refused or slow else 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    try:
+        print(results.compare(results.load(arguments.before), results.load(arguments.after)))
+    except ValueError as error:
+        raise SystemExit(f"compare: {error}") from None
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="measure, and add the figures to a file")
+    one.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    one.add_argument("--cases", default="full", choices=["full", "smoke", "peers"], help="smoke: small, shows it runs")
+    one.add_argument("--group", nargs="+", metavar="G", help="only these, such as logits or 'growth in K'")
+    one.add_argument("--minutes", type=float, default=10, help="for all of it, about; default: %(default)s")
+    one.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")
+    one.add_argument("--resume", action="store_true", help="leave out what the file has of this commit and machine")
+    one.add_argument(
+        "--cache", choices=["cold", "warm"], help="before each call; default: cold on a GPU, else as it is"
+    )
+    one.set_defaults(main=run)
+    two = commands.add_parser("compare", help="times of AFTER over those of BEFORE, on one machine")
+    two.add_argument("before", type=Path)
+    two.add_argument("after", type=Path)
+    two.set_defaults(main=compare)
+    three = commands.add_parser("report", help="pictures, an HTML page and the README's tables from committed figures")
+    three.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder; default: %(default)s")
+    three.add_argument("--out", type=Path, default=Path("out/bench"), help="of report.html; default: %(default)s")
+    three.add_argument("--readme", action="store_true", help="also rewrite the README's tables and pictures")
+    three.set_defaults(main=report.main)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    raise SystemExit(arguments.main(arguments))

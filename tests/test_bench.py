@@ -1,0 +1,262 @@
+"""The benchmark suite measures what it says: its gate refuses planted errors, its figures keep their machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import labelsmooth_kernels as lsk
+
+pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "bench").exists():
+    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
+
+from bench import aims, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
+
+F32, BF16 = torch.float32, torch.bfloat16
+SMALL = harness.Case("logits", 24, 500, dtype=F32)
+ZIPF = dataclasses.replace(SMALL, n=64, data="zipf")
+HEAD = harness.Case("linear", 24, 300, 32, F32)
+
+
+def planted(loss: Any, case: harness.Case = SMALL, **traits: Any) -> harness.Provider:
+    return harness.losing("planted", loss, case, **traits)
+
+
+def refusal(task: Any, case: harness.Case, provider: harness.Provider) -> str | None:
+    return harness.gate(task, case, provider, task.inputs(case, 0))[1]
+
+
+def scaled(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+    """The right loss with a gradient 1 % too large."""
+    loss = F.cross_entropy(x, y, label_smoothing=eps)
+    return 1.01 * loss - 0.01 * loss.detach()
+
+
+def of_ignored(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+    """The right loss whose ignored rows get a small gradient."""
+    loss = F.cross_entropy(x, y, label_smoothing=eps)
+    waste = 1e-9 * x[y == -100].sum()
+    return loss + waste - waste.detach()
+
+
+@pytest.mark.parametrize(
+    ("loss", "traits", "said"),
+    [
+        (lambda x, y, e: F.cross_entropy(x, y), {}, "off by"),
+        (lambda x, y, e: F.cross_entropy(x, y, label_smoothing=0.99 * e), {}, "off by"),
+        (lambda x, y, e: F.cross_entropy(x, y, label_smoothing=e * 500 / 499), {}, "off by"),
+        (lambda x, y, e: F.cross_entropy(x, y, label_smoothing=e, reduction="sum"), {}, "the loss is off by"),
+        (lambda x, y, e: F.cross_entropy(x * float("nan"), y, label_smoothing=e), {}, "off by nan"),
+        (scaled, {}, "the target is off by"),
+        (lambda x, y, e: lsk.cross_entropy(x, y, label_smoothing=e, inplace=True), {}, "changed the caller's"),
+        (logits.eager, {"exact": True}, None),
+        (logits.eager, {"eps": 0.0}, None),
+    ],
+)
+def test_the_gate_refuses_what_is_wrong(loss: Any, traits: Any, said: str | None) -> None:
+    found = refusal(logits.Logits(), SMALL, planted(loss, **traits))
+    assert found is None if said is None else said in (found or "")
+
+
+def test_the_gate_sees_ignored_rows() -> None:
+    assert refusal(logits.Logits(), ZIPF, planted(logits.eager, ZIPF)) is None
+    assert "inf" in (refusal(logits.Logits(), ZIPF, planted(of_ignored, ZIPF)) or "")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_gate_of_the_head_sees_a_smoothing_that_is_lost(dtype: torch.dtype) -> None:
+    case = dataclasses.replace(HEAD, dtype=dtype)
+    task = linear.Linear(with_peers=False)
+    assert refusal(task, case, planted(linear.eager, case)) is None
+    lost = planted(lambda h, w, y, e: F.cross_entropy(F.linear(h, w), y), case)
+    assert "off by" in (refusal(task, case, lost) or "")
+    inputs_ = task.inputs(case, 0)
+    h, w = inputs_.originals
+    value = F.cross_entropy(F.linear(h.double(), w.double()), inputs_.target, label_smoothing=0.1).item()
+    assert linear.expected_results(inputs_, 0.1, None)[0].item() == pytest.approx(value, rel=1e-12)
+
+
+def test_every_case_of_the_suite_has_a_floor_and_a_place_of_its_own() -> None:
+    for device in ("cpu", "cuda"):
+        for which in ("full", "smoke"):
+            entries = suite.entries(device, which)
+            names = [(entry.case.group, entry.case.name) for entry in entries]
+            assert len(set(names)) == len(names)
+            assert all(entry.case.work > 0 and entry.case.device == device for entry in entries)
+    assert SMALL.floor_bytes == 2 * 24 * 500 * 4
+    assert dataclasses.replace(SMALL, backward=False).floor_bytes == 24 * 500 * 4
+    assert HEAD.flops == 3 * 2 * 24 * 300 * 32
+    assert HEAD.floor_bytes == 2 * (24 + 300) * 32 * 4
+
+
+def test_realistic_data_is_what_it_says() -> None:
+    case = harness.Case("logits", 6400, 1000, dtype=F32, data="zipf")
+    rng = torch.Generator().manual_seed(0)
+    target = inputs.targets(case, rng)
+    assert (target == -100).float().mean().item() == pytest.approx(26 / 64)
+    kept = target[target != -100]
+    shares = torch.bincount(kept, minlength=1000) / len(kept)
+    frequencies = inputs.log_frequencies(case).softmax(0)
+    assert (shares - frequencies).abs().max() < 0.02
+    assert shares[0] > 20 * shares[500:].mean()
+    top = inputs.logits(case, target, rng).softmax(-1).max(-1).values
+    assert (top > 0.5).float().mean() > 0.2
+    assert (top < 0.1).float().mean() > 0.1
+
+
+def test_memory_is_the_peak_of_what_was_live() -> None:
+    def step() -> torch.Tensor:
+        first = torch.empty(1_000_000)
+        second = torch.empty(500_000)
+        del first
+        return torch.empty(100_000) + second[:1]
+
+    assert 6_000_000 <= harness.peak_bytes(step, "cpu") < 6_100_000
+
+
+class Sleepers:
+    """Providers whose times are known."""
+
+    baseline = "long"
+
+    def inputs(self, case: harness.Case, seed: int) -> harness.Inputs:
+        return harness.Inputs((), (), None)
+
+    def providers(self, case: harness.Case) -> list[harness.Provider]:
+        def sleeper(name: str, seconds: float, **traits: Any) -> harness.Provider:
+            def step(_: harness.Inputs) -> harness.Results:
+                time.sleep(seconds)
+                return (torch.zeros(()),)
+
+            return harness.Provider(name, step, **traits)
+
+        broken = harness.Provider("broken", lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
+        copy = sleeper("copy", 0.002, work=2 * case.floor_bytes)
+        return [sleeper("short", 0.004), sleeper("long", 0.012), copy, broken]
+
+    def errors(self, *_: Any) -> dict[str, float]:
+        return {}
+
+    def limits(self, *_: Any) -> dict[str, float]:
+        return {}
+
+
+def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
+    rows = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.5)}
+    short, long, broken = rows["short"], rows["long"], rows["broken"]
+    assert short.ms == pytest.approx(4, rel=0.25)
+    assert short.ratio == pytest.approx(1 / 3, rel=0.25)
+    assert long.ratio == 1
+    assert rows["copy"].percent_of_ceiling == 100
+    assert short.percent_of_ceiling == pytest.approx(25, rel=0.3)
+    assert short.gb_per_s == pytest.approx(SMALL.floor_bytes / short.ms / 1e6)
+    assert short.repeats >= 10
+    assert broken.ms is None
+    assert "ZeroDivisionError" in (broken.refused or "")
+    slow = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.0)}
+    assert slow["short"].repeats == harness.LEAST
+
+
+def rows_of(**changes: Any) -> list[dict[str, Any]]:
+    row = {"group": "logits", "case": "a", "provider": "ours", "ms": 2.0, "date": "2026-01-01", "commit": "x"}
+    machine = {"device": "cpu", "cpu": "one", "cpu capability": "AVX2", "threads": 2}
+    return [{**row, **machine, **changes}]
+
+
+def test_figures_of_two_machines_are_not_compared(tmp_path: Path) -> None:
+    table = results.compare(rows_of(), rows_of(ms=1.0, commit="y", date="2026-01-02"))
+    assert "| logits | a | ours | 2 | 1 | 0.50 |" in table
+    with pytest.raises(ValueError, match="one machine"):
+        results.compare(rows_of(), rows_of(cpu="another"))
+    with pytest.raises(ValueError, match="no rows"):
+        results.compare([], [])
+    for name, rows in (("a", rows_of()), ("b", rows_of(threads=4))):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "'threads': 4" in run.stderr
+
+
+def test_files_of_figures_are_added_to_and_carry_their_origin(tmp_path: Path) -> None:
+    path, facts = tmp_path / "x.jsonl", results.provenance("cpu")
+    results.append(path, [harness.Row("g", "c", "p", ms=1.0)], facts)
+    before = path.read_text()
+    results.append(path, [harness.Row("g", "c", "p", ms=1.23456789)], facts | {"date": "2999"})
+    assert path.read_text().startswith(before)
+    rows = results.load(path)
+    assert [row["ms"] for row in rows] == [1.0, 1.2346]
+    assert {"torch", "triton", "commit", "date", "device", "cpu"} <= rows[0].keys()
+    assert results.newest(rows) == rows[1:]
+
+
+def test_peers_that_are_missing_are_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = peers.providers(peers.AT_LOGITS, SMALL)
+    assert {p.refused for p in on_cpu} == {"it needs a GPU"}
+
+    def broken(name: str) -> Any:
+        raise ImportError("libcuda.so.1 not found") if "flash" in name else ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    found = {p.name: p.refused for p in peers.providers(peers.AT_LOGITS, SMALL, interpreted=True)}
+    assert found[peers.LIGER] == "not installed"
+    assert found["flash-attention"] == "ImportError: libcuda.so.1 not found"
+
+
+def test_a_changing_epsilon_compiles_once() -> None:
+    tensors = [(8, torch.tensor(0.01 * i), 0) for i in range(4)]
+    assert training.compilations(lsk.cross_entropy, tensors, "cpu") == 1
+    numbers = [(8, 0.01 * i, 0) for i in range(1, 5)]
+    assert training.compilations(F.cross_entropy, numbers, "cpu") == 4  # which shows that it counts
+
+
+def test_the_readme_shows_the_committed_figures() -> None:
+    records = results.newest(results.load(results.FOLDER))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(report.BLOCK.findall(readme)) >= 4
+    assert report.fill(readme, records) == readme, "python -m bench report --readme"
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    page = report.page(results.newest(results.load(results.FOLDER)))
+    assert page.count("<svg") >= 4
+    assert "<link" not in page
+    assert "<script" not in page
+    assert " src=" not in page
+
+
+def test_aims_without_figures_are_not_met() -> None:
+    aim = aims.Aim("case", "what", None, 1.0, False)
+    assert not aim.met
+    assert "not measured" in aim.line()
+    assert aims.Aim("case", "what", 1.0, 1.0, False).met
+    assert not aims.Aim("case", "what", 0.9, 1.0, True).met
+
+
+def test_the_gpu_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--out", str(tmp_path)]
+    settings = {**os.environ, "KINETO_LOG_LEVEL": "99"}
+    command += ["--stage", "bench", "report", "--minutes", "0.3"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=300)
+    rows = results.load(tmp_path / "results.jsonl")
+    assert rows, first.stdout + first.stderr
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=300)
+    after = results.load(tmp_path / "results.jsonl")
+    timed = [results.key(row) for row in after if row["group"] != "recompilations" and row["provider"] == "ours"]
+    assert len(set(timed)) == len(timed), "a measured case is not measured again"
+    assert len(after) >= len(rows), again.stdout
+    assert "no figure above may be quoted" in again.stdout  # the tests were not run
+    assert len(list(tmp_path.iterdir())) <= 8
