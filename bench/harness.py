@@ -237,6 +237,11 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
     return max(accumulate((change["args"]["Bytes"] for change in changes), initial=0))
 
 
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
 def admit(task: Task, case: Case, provider: Provider, inputs: Inputs, row: Row) -> bool:
     """Gate and memory of one provider; a failure is a reason in its row, not the end of the run."""
     row.refused = provider.refused
@@ -250,7 +255,7 @@ def admit(task: Task, case: Case, provider: Provider, inputs: Inputs, row: Row) 
             step = provider.step
             row.extra_bytes = peak_bytes(lambda: step(inputs), case.device)
     except Exception as error:  # whatever a foreign provider or a compiler raises
-        row.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+        row.refused = reason(error)
     inputs.refill()
     return row.refused is None
 
@@ -304,7 +309,7 @@ Samples = dict[str, list[float]]
 def time_rounds(
     providers: list[Provider], sets: list[Inputs], watch: Stopwatch, deadline: float
 ) -> tuple[Samples, Samples]:
-    """(times, host times) of every provider by round, the first, a warm-up, left out.
+    """(times, host times) of every provider by round; the gate and the look at its memory have warmed it up.
 
     Each round has a new order, since what one leaves behind (caches, free memory that the system has to fetch back)
     must not always meet the same next one. Where time is too short for ten rounds, a provider that takes over 3/10 of
@@ -313,7 +318,7 @@ def time_rounds(
     times: Samples = {p.name: [] for p in providers}
     host: Samples = {p.name: [] for p in providers}
     shuffler, playing, rounds = random.Random(0), providers, 0
-    while rounds <= LEAST or (time.perf_counter() < deadline and rounds < MOST):
+    while rounds < LEAST or (time.perf_counter() < deadline and rounds < MOST):
         inputs = sets[rounds % len(sets)]
         for provider in shuffler.sample(playing, len(playing)):
             assert provider.step is not None
@@ -322,8 +327,8 @@ def time_rounds(
                 inputs.refill()
         watch.finish()
         rounds += 1
-        if rounds == LEAST + 1:
+        if rounds == LEAST:
             took = {p.name: times[p.name][-1] for p in playing}
             if deadline - time.perf_counter() < (10 - LEAST) * sum(took.values()) / 1e3:
                 playing = [p for p in playing if took[p.name] < 0.3 * sum(took.values())]
-    return {name: t[1:] for name, t in times.items()}, {name: t[1:] for name, t in host.items()}
+    return times, host

@@ -21,8 +21,8 @@ UNFUSED, COMPILED = "F.linear, then ours in place", "torch.compile of F.linear a
 
 # ‖gradient - expected‖ / ‖expected‖, and the loss's relative error. A provider that rounds logits of standard
 # deviation 2 to 8 or 11 bits and p once more is off by some 2⁻⁸ or 2⁻¹¹; a smoothing that is lost, by 1e-1. Ours makes
-# the loss in float32.
-LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# the loss in float32; PyTorch's chunks add theirs up in bfloat16.
+LIMITS = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 EXACT_LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 EXACT_LOSS = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-3}
 
@@ -104,7 +104,7 @@ class Linear:
 
     def limits(self, case: Case, provider: Provider) -> dict[str, float]:
         limit = (EXACT_LIMITS if provider.exact else LIMITS)[case.dtype]
-        loss = EXACT_LOSS[case.dtype] if provider.exact else limit
+        loss = EXACT_LOSS[case.dtype] if provider.exact else 2 * limit
         return {"loss": loss, "gradient of hidden": limit, "gradient of weight": limit}
 
 

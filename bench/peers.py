@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .harness import IGNORED, Case, Loss, Provider, losing
+from .harness import IGNORED, Case, Loss, Provider, losing, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,8 +101,8 @@ def providers(peers: tuple[Peer, ...], case: Case, *, interpreted: bool = False)
         try:
             loss = peer.adapter(importlib.import_module(peer.module))
         except Exception as error:  # a package may fail at import in any way, such as for want of a driver
-            reason = "not installed" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
-            found.append(Provider(peer.name, None, refused=reason[:160]))
+            missing = isinstance(error, ModuleNotFoundError)
+            found.append(Provider(peer.name, None, refused="not installed" if missing else reason(error)))
             continue
         found.append(losing(peer.name, loss, case, **peer.traits))
     return found

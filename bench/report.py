@@ -99,19 +99,21 @@ def pivot(
     lines = [
         [case, *(cell(found[name]) if name in found else "" for name in providers)] for case, found in cases.items()
     ]
-    return Table(title, [group, *providers], lines, origin(chosen))
+    return Table(title, [group, *providers], lines, stamp(chosen))
+
+
+def stamp(records: list[Record]) -> str:
+    """The days and commits of figures."""
+    runs = sorted({(r["date"][:10], str(r["commit"])) for r in records})
+    return "; ".join(f"{day}, commit {commit}" for day, commit in runs)
 
 
 def origin(records: list[Record]) -> str:
-    """Where the figures come from, once for all of them."""
-    facts = {name: ", ".join(sorted({str(r[name]) for r in records if r.get(name)})) for name in results.SHOWN}
-    facts["date"] = ", ".join(sorted({r["date"][:10] for r in records}))
-    facts.pop("load average")
-    return results.describe({name: value or None for name, value in facts.items()})
-
-
-def smoothing_only(records: list[Record]) -> list[Record]:
-    return [r for r in records if r["sizes"].get("data", "randn") == "randn"]
+    """The machine and the software of figures; several of a kind are all named."""
+    names = [name for name in results.SHOWN if name not in ("date", "commit", "load average")]
+    return results.describe(
+        {name: ", ".join(sorted({str(r[name]) for r in records if r.get(name)})) or None for name in names}
+    )
 
 
 def blocks(records: list[Record], device: str) -> dict[str, str]:
@@ -131,11 +133,11 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
             pivot(mine, name, time_cell)
             for name in ("few rows", "calls", "layouts", "distillation", "training step", "recompilations")
         ],
-        "aims": [],
     }
     made = {f"{device} {name}": "\n\n".join(t.markdown() for t in found if t.rows) for name, found in tables.items()}
     missed = [aim for aim in aims.of(mine) if not aim.met]
     every = len(aims.of(mine))
+    made[f"{device} machine"] = origin(mine)
     made[f"{device} aims"] = f"{every - len(missed)} of {every} aims are met; missed:\n\n{aims.table(missed)}"
     return made
 
@@ -168,7 +170,7 @@ svg{max-width:100%;height:auto}"""
 
 def page(records: list[Record]) -> str:
     """One HTML page that needs nothing else: pictures, aims, every table."""
-    parts = [f"<p>{html.escape(origin(records))}</p>"]
+    parts = [f"<p>{html.escape(origin(records))}</p>\n<p>{html.escape(stamp(records))}</p>"]
     parts += [plot.svg(figure) for figure in plot.figures(records).values()]
     if found := aims.of(records):
         cells = [aim.line().strip("| ").split(" | ") for aim in found]

@@ -47,10 +47,10 @@ def cpu() -> list[Entry]:
         Entry(Layout(4096), Case("layouts", 4096, 8000, dtype=F32)),
     ]
     head = Linear(with_peers=False)
-    sizes = ((1024, 32000, 4), (512, 128256, 6))
+    sizes = ((2048, 32000, 5), (256, 128256, 4))
     found += [Entry(head, Case("linear", n, k, 512, t), share) for t in (F32, BF16) for n, k, share in sizes]
     found += [Entry(head, Case("linear", 512, 32000, 512, F32, data="zipf"), 1)]
-    found += [Entry(Linear(own=True), Case("cost of smoothing", 512, 32000, 512, t), 2) for t in (F32, BF16)]
+    found += [Entry(Linear(own=True), Case("cost of smoothing", 2048, 32000, 512, t), 4) for t in (F32, BF16)]
     found += [Entry(head, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
     found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
     found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 import labelsmooth_kernels as lsk
 
 from . import inputs as data
-from .harness import SHORT, Case, Inputs, Provider, Results, Row, losing
+from . import peers
+from .harness import IGNORED, Case, Inputs, Provider, Results, Row, losing, reason
 from .logits import KERNELS, copies, eager
 
 if TYPE_CHECKING:
@@ -130,28 +133,46 @@ class TrainingStep:
         return {"gradient": LIMITS[case.dtype]}
 
 
+Calls = list[tuple[int, Any, int]]  # (N, ε, ignored rows)
+
+
 def recompilations(device: str) -> list[Row]:
-    """How often torch.compile compiles a loss anew while a training loop changes what such loops change."""
-    losses = {"F.cross_entropy": F.cross_entropy, OURS: lsk.cross_entropy}
-    changes: dict[str, list[tuple[int, Any, int]]] = {  # (N, ε, ignored rows) of the calls
+    """How often a loss is compiled while a training loop changes what such loops change: the graphs of torch.compile
+    and, on a GPU, the Triton kernels of a loss called without it."""
+    changes: dict[str, Calls] = {
         "ε as a schedule, a tensor": [(64, torch.tensor(0.01 * i, device=device), 0) for i in range(8)],
         "ε as a schedule, a number": [(64, 0.01 * i, 0) for i in range(1, 9)],
         "N": [(64 + i, 0.1, 0) for i in range(8)],
         "ignored rows": [(64, 0.1, i) for i in range(8)],
     }
+    losses = {"F.cross_entropy": F.cross_entropy, OURS: lsk.cross_entropy}
+    kernels: dict[str, Callable[..., Any]] = {}
+    if device == "cuda":
+        kernels = {OURS: lsk.cross_entropy}
+        with contextlib.suppress(ImportError):
+            kernels[peers.LIGER] = importlib.import_module(peers.FUNCTIONAL).liger_cross_entropy
     rows = []
     for what, calls in changes.items():
-        for name, loss in losses.items():
-            row = Row("recompilations", f"{what}, 8 calls", name, sizes={"dtype": SHORT[torch.float32]})
-            try:
-                row.count = compilations(loss, calls, device)
-            except Exception as error:
-                row.refused = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-            rows.append(row)
+        for kind, counter, providers in (("graphs", graphs, losses), ("kernels", triton_kernels, kernels)):
+            for name, loss in providers.items():
+                row = Row("recompilations", f"{what}, 8 calls, {kind}", name)
+                try:
+                    row.count = counter(loss, calls, device)
+                except Exception as error:
+                    row.refused = reason(error)
+                rows.append(row)
     return rows
 
 
-def compilations(loss: Callable[..., Any], calls: list[tuple[int, Any, int]], device: str) -> int:
+def call_all(loss: Callable[..., Any], calls: Calls, device: str) -> None:
+    for n, eps, ignored in calls:
+        x = torch.randn(n, 1000, device=device, requires_grad=True)
+        y = torch.arange(n, device=device)
+        y[:ignored] = IGNORED
+        loss(x, y, label_smoothing=eps).backward()
+
+
+def graphs(loss: Callable[..., Any], calls: Calls, device: str) -> int:
     """Graphs that torch.compile builds over the calls."""
     built = 0
 
@@ -161,11 +182,23 @@ def compilations(loss: Callable[..., Any], calls: list[tuple[int, Any, int]], de
         return graph.forward
 
     torch.compiler.reset()
-    compiled = torch.compile(lambda x, y, eps: loss(x, y, label_smoothing=eps), backend=backend, fullgraph=True)
-    for n, eps, ignored in calls:
-        x = torch.randn(n, 1000, device=device, requires_grad=True)
-        y = torch.arange(n, device=device)
-        y[:ignored] = -100
-        compiled(x, y, eps).backward()
+    call_all(torch.compile(loss, backend=backend, fullgraph=True), calls, device)
     torch.compiler.reset()
+    return built
+
+
+def triton_kernels(loss: Callable[..., Any], calls: Calls, device: str) -> int:
+    """Variants of kernels that Triton compiles, or fetches from its cache on disk, over the calls after the first."""
+    compilation, built = importlib.import_module("triton").knobs.compilation, 0
+
+    def listener(**_: Any) -> None:
+        nonlocal built
+        built += 1
+
+    call_all(loss, calls[:1], device)
+    before, compilation.listener = compilation.listener, listener
+    try:
+        call_all(loss, calls[1:], device)
+    finally:
+        compilation.listener = before
     return built
