@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import aims, report, results, suite
-from .harness import Row, measure
+from .harness import Row, measure, reason
 from .logits import EAGER, OURS
 from .training import recompilations
 
@@ -49,8 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
             left_out.append(f"{entry.case.group}: {entry.case.name}")
             continue
         share = left * entry.share / sum(e.share for e in entries[i:])
-        rows = measure(entry.case, entry.task, share, cold=cold, rotate=arguments.cache != "warm")
+        try:
+            rows = measure(entry.case, entry.task, share, cold=cold, rotate=arguments.cache != "warm")
+        except Exception as error:  # inputs that do not fit this machine; the other cases still may
+            rows = [Row(entry.case.group, entry.case.name, "every provider", refused=reason(error))]
         records += add(arguments.out, rows, facts)
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
     if not arguments.group or "recompilations" in arguments.group:
         records += add(arguments.out, recompilations(arguments.device), facts)
     found = aims.of(records)

@@ -285,7 +285,10 @@ def measure(case: Case, task: Task, budget_s: float, *, cold: bool | None = None
     for inputs in sets:
         inputs.expected.clear()
     watch = Stopwatch(case.device, case.device == "cuda" if cold is None else cold)
-    times, host = time_rounds(admitted, sets, watch, deadline)
+    times, host, failed = time_rounds(admitted, sets, watch, deadline)
+    for name, why in failed.items():
+        rows[name].refused = why
+    admitted = [p for p in admitted if p.name not in failed]
     for provider in admitted:
         row, samples = rows[provider.name], times[provider.name]
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -308,8 +311,9 @@ Samples = dict[str, list[float]]
 
 def time_rounds(
     providers: list[Provider], sets: list[Inputs], watch: Stopwatch, deadline: float
-) -> tuple[Samples, Samples]:
-    """(times, host times) of every provider by round; the gate and the look at its memory have warmed it up.
+) -> tuple[Samples, Samples, dict[str, str]]:
+    """(times, host times) of every provider by round, and what made some fail; the gate and the look at their memory
+    have warmed them up.
 
     Each round has a new order, since what one leaves behind (caches, free memory that the system has to fetch back)
     must not always meet the same next one. Where time is too short for ten rounds, a provider that takes over 3/10 of
@@ -317,12 +321,17 @@ def time_rounds(
     """
     times: Samples = {p.name: [] for p in providers}
     host: Samples = {p.name: [] for p in providers}
+    failed: dict[str, str] = {}
     shuffler, playing, rounds = random.Random(0), providers, 0
     while rounds < LEAST or (time.perf_counter() < deadline and rounds < MOST):
         inputs = sets[rounds % len(sets)]
         for provider in shuffler.sample(playing, len(playing)):
             assert provider.step is not None
-            watch.run(provider.step, inputs, times[provider.name], host[provider.name])
+            try:
+                watch.run(provider.step, inputs, times[provider.name], host[provider.name])
+            except Exception as error:  # such as memory that many sets of inputs leave no room for
+                failed[provider.name] = reason(error)
+                playing = [p for p in playing if p is not provider]
             if provider.overwrites:
                 inputs.refill()
         watch.finish()
@@ -331,4 +340,4 @@ def time_rounds(
             took = {p.name: times[p.name][-1] for p in playing}
             if deadline - time.perf_counter() < (10 - LEAST) * sum(took.values()) / 1e3:
                 playing = [p for p in playing if took[p.name] < 0.3 * sum(took.values())]
-    return times, host
+    return times, host, failed

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS, INPLACE, CUDA, NO_SMOOTHING = "ours", "ours, in place", "ours, CUDA C++", "ours, ε = 0"
+REFERENCE = "ours, plain PyTorch"
 EAGER, COMPILED = "F.cross_entropy", "torch.compile of it"
 FRESH_COPY, COPY = "allocate and copy", "copy into existing memory"
 KERNELS = {"cpu": "cpu", "cuda": "triton"}  # named, since a fall to the reference must not be timed under our name
@@ -80,10 +81,12 @@ def copies(case: Case) -> list[Provider]:
 
 @dataclass(frozen=True)
 class Logits:
-    """``with_compile``: torch.compile takes up to 20 seconds of a CPU for every case. ``with_peers``: on a GPU."""
+    """``with_compile``: torch.compile takes up to 20 seconds of a CPU for every case. ``with_peers``: on a GPU.
+    ``with_reference``: what serves where there is no compiler and no Triton."""
 
     with_compile: bool = True
     with_peers: bool = True
+    with_reference: bool = False
     interpreted: bool = False
     baseline: str = OURS
 
@@ -102,6 +105,8 @@ class Logits:
             result.append(losing(NO_SMOOTHING, ours(backend=backend), case, exact=True, eps=0.0))
         if case.device == "cuda" and backends.BACKENDS["cuda"].unavailable() is None:
             result.append(losing(CUDA, ours(backend="cuda"), case, exact=True))
+        if self.with_reference:
+            result.append(losing(REFERENCE, ours(backend="reference"), case, exact=True))
         result.append(losing(EAGER, eager, case))
         if self.with_compile:
             result.append(losing(COMPILED, compiled(), case))

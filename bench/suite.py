@@ -26,7 +26,7 @@ def cpu() -> list[Entry]:
     """Sizes that two cores go through in ten minutes."""
     bare = Logits(with_compile=False, with_peers=False)
     found = [
-        Entry(Logits(with_peers=False), Case("logits", n, k, dtype=dtype), 3)
+        Entry(Logits(with_peers=False, with_reference=k < 2**16), Case("logits", n, k, dtype=dtype), 3)
         for dtype in (F32, BF16)
         for n, k in ((1024, 32000), (512, 128256))
     ]
@@ -46,12 +46,13 @@ def cpu() -> list[Entry]:
         Entry(Layout(16), Case("layouts", 1024, 32000, dtype=F32)),
         Entry(Layout(4096), Case("layouts", 4096, 8000, dtype=F32)),
     ]
-    head = Linear(with_peers=False)
-    sizes = ((2048, 32000, 5), (256, 128256, 4))
-    found += [Entry(head, Case("linear", n, k, 512, t), share) for t in (F32, BF16) for n, k, share in sizes]
+    head, quick = Linear(with_peers=False), Linear(with_peers=False, with_chunks=False)
+    found += [Entry(head, Case("linear", 2048, 32000, 512, t), 5) for t in (F32, BF16)]
+    found += [Entry(quick, Case("linear", 256, 128256, 512, t), 2) for t in (F32, BF16)]
+    found += [Entry(quick, Case("linear", 1024, 32000, 512, F32, backward=False))]
     found += [Entry(head, Case("linear", 512, 32000, 512, F32, data="zipf"), 1)]
     found += [Entry(Linear(own=True), Case("cost of smoothing", 2048, 32000, 512, t), 4) for t in (F32, BF16)]
-    found += [Entry(head, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
+    found += [Entry(quick, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
     found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
     found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
     return found
@@ -74,7 +75,8 @@ def cuda() -> list[Entry]:
     found += [Entry(bare, Case("growth in N", n, 128256, device="cuda")) for n in (64, 256, 1024, 4096, 16384)]
     found += [Entry(Linear(), Case("linear", n, 128256, 4096, device="cuda"), 2) for n in (1024, 4096, 16384)]
     found += [Entry(Linear(), Case("linear", 8192, k, d, device="cuda"), 2) for d, k in list(MODELS.values())[1:]]
-    found.append(Entry(Linear(), Case("linear", 8192, 128256, 4096, device="cuda", data="zipf"), 2))
+    for change in ({"data": "zipf"}, {"backward": False}):
+        found.append(Entry(Linear(), Case("linear", 8192, 128256, 4096, device="cuda", **change), 2))
     found.append(Entry(Linear(own=True), Case("cost of smoothing", 8192, 128256, 4096, device="cuda"), 2))
     found += [Entry(Linear(), Case("growth in D", 4096, 32000, d, device="cuda")) for d in (512, 1024, 2048, 8192)]
     found += [Entry(task, Case("calls", n, k, dtype=F32, device="cuda")) for n, k in ((8, 1000), (64, 1000))]

@@ -20,9 +20,6 @@ import labelsmooth_kernels as lsk
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 ROOT = Path(__file__).parent.parent
-if not (ROOT / "bench").exists():
-    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
-
 from bench import aims, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -144,8 +141,13 @@ class Sleepers:
             return harness.Provider(name, step, **traits)
 
         broken = harness.Provider("broken", lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
+        calls = iter(range(4))  # the gate, the look at the memory, two rounds
+
+        def tire(_: harness.Inputs) -> harness.Results:
+            return (torch.full((), next(calls)),)
+
         copy = sleeper("copy", 0.002, work=2 * case.floor_bytes)
-        return [sleeper("short", 0.004), sleeper("long", 0.012), copy, broken]
+        return [sleeper("short", 0.004), sleeper("long", 0.012), copy, broken, harness.Provider("tired", tire)]
 
     def errors(self, *_: Any) -> dict[str, float]:
         return {}
@@ -166,6 +168,8 @@ def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
     assert short.repeats >= 10
     assert broken.ms is None
     assert "ZeroDivisionError" in (broken.refused or "")
+    assert "StopIteration" in (rows["tired"].refused or "")
+    assert rows["tired"].ms is None
     slow = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.0)}
     assert slow["short"].repeats == harness.LEAST
 
