@@ -137,6 +137,8 @@ def of(records: list[dict[str, Any]]) -> list[Aim]:
     found: list[Aim] = []
     for (group, case), rows in cases.items():
         first = next(iter(rows.values()))
+        if not first["sizes"]:  # counted, not timed
+            continue
         rules = (of_cpu if first["device"] == "cpu" else of_cuda), of_head
         found += [aim for rule in rules for aim in rule(group, case, first["sizes"], rows)]
     return found

@@ -9,6 +9,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from . import linear, logits, peers
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
@@ -38,7 +38,8 @@ COLOURS = {
     "quack, fused linear": "#cc79a7",
     "CCE": "#7a5230",
 }
-CEILINGS = (logits.COPY, logits.FRESH_COPY, linear.GEMMS)
+CEILINGS = {logits.COPY: "--", logits.FRESH_COPY: ":", linear.GEMMS: "--"}
+BESIDE = (*CEILINGS, logits.NO_SMOOTHING)  # of what they bound or equal
 plt.rcParams.update({"svg.hashsalt": "labelsmooth", "font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
@@ -49,8 +50,9 @@ def curves(
     against: str,
     value: Callable[[Record], float | None],
     labels: tuple[str, str, str],
+    scale: str = "log",
 ) -> Figure | None:
-    """A line for each provider over one size, on logarithmic axes; ceilings are dashed."""
+    """A line for each provider over one size, that on a logarithmic axis; ceilings are grey."""
     chosen = [r for r in records if r["group"] == group and "ms" in r]
     if not chosen:
         return None
@@ -59,24 +61,32 @@ def curves(
         points = sorted((r["sizes"][against], value(r)) for r in chosen if r["provider"] == name if value(r))
         if len(points) < 2:
             continue
-        style = (
-            {"color": "#444", "ls": "--", "lw": 1.2}
-            if name in CEILINGS
-            else {"color": COLOURS.get(name), "marker": "o"}
-        )
-        axes.plot(*zip(*points, strict=True), label=name, ms=4, **style)
+        axes.plot(*zip(*points, strict=True), label=name, ms=4, **style(name))
     title, x, y = labels
-    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale=scale)
+    if scale == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axes.set_ylim(bottom=0)
     ticks = sorted({r["sizes"][against] for r in chosen})
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=30, ha="right")
     axes.minorticks_off()
-    plain_numbers(axes)
+    axes.yaxis.set_major_formatter(plain)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def plain_numbers(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+def style(name: str) -> dict[str, Any]:
+    if name in CEILINGS:
+        return {"color": "#444", "ls": CEILINGS[name], "lw": 1.2}
+    if name == logits.NO_SMOOTHING:  # lies on ours where smoothing costs nothing
+        return {"color": COLOURS[name], "ls": (0, (1.5, 3)), "lw": 2.5, "zorder": 3}
+    return {"color": COLOURS.get(name), "marker": "o"}
+
+
+def plain(value: float, _: int | None) -> str:
+    """A tick without an exponent."""
+    return f"{value:,.4g}"
 
 
 def errors(records: list[Record]) -> Figure | None:
@@ -96,6 +106,9 @@ def errors(records: list[Record]) -> Figure | None:
     names = ", ".join(dict.fromkeys(f"{r['sizes']['n']} × {r['sizes']['k']:,}" for r in chosen))
     axes.set(title=f"Error against time, {names}", xlabel="ms, loss and gradient", ylabel="largest relative error")
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(plain)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -119,7 +132,7 @@ def figures(records: list[Record]) -> dict[str, Figure]:
     made = {
         "speed-k": curves(
             records, "growth in K", "k", lambda r: r["gb_per_s"],
-            (f"Speed against K: {k}", "classes K", "GB/s: one read and one write of the logits"),
+            (f"Speed against K: {k}", "classes K", "GB/s: one read and one write of the logits"), "linear",
         ),
         "memory-k": curves(
             records, "growth in K", "k", megabytes, (f"Memory beyond the logits: {k}", "classes K", "MB, peak")

@@ -130,7 +130,7 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
         "linear memory": [pivot(mine, "linear", memory_cell, (linear.OURS, linear.UNFUSED, linear.EAGER))],
         "smoothing": [pivot(mine, "cost of smoothing", ratio_cell)],
         "others": [
-            pivot(mine, name, time_cell)
+            pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell)
             for name in ("few rows", "calls", "layouts", "distillation", "training step", "recompilations")
         ],
     }

@@ -22,6 +22,9 @@ class Entry:
     share: float = 1.0  # of the time, beside the others'
 
 
+SMOOTHED = ((1024, F32), (2048, BF16))  # a round of three takes two seconds
+
+
 def cpu() -> list[Entry]:
     """Sizes that two cores go through in ten minutes."""
     bare = Logits(with_compile=False, with_peers=False)
@@ -51,7 +54,7 @@ def cpu() -> list[Entry]:
     found += [Entry(quick, Case("linear", 256, 128256, 512, t), 2) for t in (F32, BF16)]
     found += [Entry(quick, Case("linear", 1024, 32000, 512, F32, backward=False))]
     found += [Entry(head, Case("linear", 512, 32000, 512, F32, data="zipf"), 1)]
-    found += [Entry(Linear(own=True), Case("cost of smoothing", 2048, 32000, 512, t), 4) for t in (F32, BF16)]
+    found += [Entry(Linear(own=True), Case("cost of smoothing", n, 32000, 512, t), 4) for n, t in SMOOTHED]
     found += [Entry(quick, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
     found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
     found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
