@@ -67,7 +67,7 @@ cuda: .venv-cuda/deps
 
 # On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network.
 gpu:
-	$(PYTHON) -m bench.gpu --out $(OUT)/gpu
+	$(PYTHON) -m bench.gpu --out $(OUT)/gpu $(RUN)
 
 doctor: .venv/built
 	$(BIN)/python -m labelsmooth_kernels

@@ -38,7 +38,7 @@ def wanted(arguments: argparse.Namespace, facts: dict[str, Any]) -> list[suite.E
 def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device on this machine")
-    facts = results.provenance(arguments.device)
+    facts = results.provenance(arguments.device, arguments.commit)
     print(results.describe(facts))
     deadline, records, left_out = time.monotonic() + 60 * arguments.minutes, [], []
     entries = wanted(arguments, facts)
@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     one.add_argument(
         "--cache", choices=["cold", "warm"], help="before each call; default: cold on a GPU, else as it is"
     )
+    one.add_argument("--commit", help="of the tree, where it is a copy without git")
     one.set_defaults(main=run)
     two = commands.add_parser("compare", help="times of AFTER over those of BEFORE, on one machine")
     two.add_argument("before", type=Path)

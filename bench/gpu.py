@@ -58,7 +58,7 @@ def sanitizers() -> list[str]:
 def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     """What each stage runs; ``--minutes`` is added for those that divide their time themselves."""
     figures, python = str(out / "results.jsonl"), [sys.executable, "-m"]
-    on = ["--device", arguments.device, "--out", figures]
+    on = ["--device", arguments.device, "--out", figures, *(["--commit", arguments.commit] if arguments.commit else [])]
     tests = [f"tests/{name}" for name in FIRST] + ["tests", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
     small = ["--cases", "smoke"] if arguments.device == "cpu" else []
     found = {
@@ -113,12 +113,19 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def known(state: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """What this tree has passed; the outcomes of another commit, or of files that may have changed, say nothing."""
+    same = commit is not None and state.get("commit") == commit and not commit.endswith("+changes")
+    return state if same else {"commit": commit}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--stage", nargs="+", choices=list(SHARES), help="only these, also where they were done")
     parser.add_argument("--minutes", type=float, default=9, help="for the whole run; default: %(default)s")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: shows that this program runs")
+    parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     return parser.parse_args()
 
 
@@ -133,12 +140,11 @@ def main() -> int:
         return 2
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    facts = results.provenance(arguments.device)
+    facts = results.provenance(arguments.device, arguments.commit)
     print(results.describe(facts))
     state_file = out / "state.json"
     state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
-    if state.get("commit") != facts["commit"]:
-        state = {"commit": facts["commit"]}  # what another tree has passed says nothing of this one
+    state = known(state, facts["commit"])
     todo = commands(arguments, out)
     if not arguments.stage:
         todo = {name: command for name, command in todo.items() if state.get(name) != "ok" or name == "report"}
@@ -154,6 +160,8 @@ def main() -> int:
     print("\n".join(f"{name}: {outcome}" for name, outcome in state.items()))
     if state.get("tests") != "ok":
         print("The tests did not all pass here: no figure above may be quoted.")
+    if facts["commit"] is None:
+        print("No commit is known (--commit): no figure above may be quoted.")
     print(f"log, figures and page: {out}")
     return 0 if all(state[name] == "ok" for name in todo) else 1
 

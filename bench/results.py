@@ -50,8 +50,8 @@ def _commit() -> str | None:
     return f"{head}+changes" if head and changed else head
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Machine, software, commit and UTC time of a run; its rows all carry this."""
+def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Machine, software, commit (which a copy without git is told) and UTC time of a run: what every row carries."""
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,7 +63,7 @@ def provenance(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "load average": round(os.getloadavg()[0], 1),  # before the run: others on the machine spoil a time
     }
 

@@ -89,10 +89,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: under TRITON_INTERPRET=1")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: shows that it runs")
     parser.add_argument("--minutes", type=float, default=5, help="for all of it, about; default: %(default)s")
+    parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     arguments = parser.parse_args()
     if reason := backends.BACKENDS["triton"].unavailable():
         parser.error(f"it times the Triton kernels, and {reason}")
-    facts, deadline = results.provenance(arguments.device), time.monotonic() + 60 * arguments.minutes
+    facts, deadline = results.provenance(arguments.device, arguments.commit), time.monotonic() + 60 * arguments.minutes
     every = cases(arguments.device, arguments.tiny)
     for i, case in enumerate(every):
         left = deadline - time.monotonic()

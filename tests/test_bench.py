@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,8 @@ import labelsmooth_kernels as lsk
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 ROOT = Path(__file__).parent.parent
-from bench import aims, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
+from bench import __main__ as main  # noqa: E402
+from bench import aims, gpu, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 SMALL = harness.Case("logits", 24, 500, dtype=F32)
@@ -49,6 +51,13 @@ def of_ignored(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
     return loss + waste - waste.detach()
 
 
+def off_in_one_entry(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
+    """The right loss whose gradient is wrong for one class of the last row."""
+    loss = F.cross_entropy(x, y, label_smoothing=eps)
+    waste = 1e-4 * x[-1, (y[-1] + 1) % x.shape[1]]
+    return loss + waste - waste.detach()
+
+
 @pytest.mark.parametrize(
     ("loss", "traits", "said"),
     [
@@ -58,6 +67,7 @@ def of_ignored(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
         (lambda x, y, e: F.cross_entropy(x, y, label_smoothing=e, reduction="sum"), {}, "the loss is off by"),
         (lambda x, y, e: F.cross_entropy(x * float("nan"), y, label_smoothing=e), {}, "off by nan"),
         (scaled, {}, "the target is off by"),
+        (off_in_one_entry, {}, "the rest is off by"),
         (lambda x, y, e: lsk.cross_entropy(x, y, label_smoothing=e, inplace=True), {}, "changed the caller's"),
         (logits.eager, {"exact": True}, None),
         (logits.eager, {"eps": 0.0}, None),
@@ -66,6 +76,13 @@ def of_ignored(x: torch.Tensor, y: torch.Tensor, eps: float) -> torch.Tensor:
 def test_the_gate_refuses_what_is_wrong(loss: Any, traits: Any, said: str | None) -> None:
     found = refusal(logits.Logits(), SMALL, planted(loss, **traits))
     assert found is None if said is None else said in (found or "")
+
+
+def test_the_gate_sees_every_chunk_of_rows() -> None:
+    case = dataclasses.replace(SMALL, n=1500)
+    assert len(logits.chunks(torch.empty(case.n, case.k))) > 1
+    assert refusal(logits.Logits(), case, planted(logits.eager, case)) is None
+    assert "rest" in (refusal(logits.Logits(), case, planted(off_in_one_entry, case)) or "")
 
 
 def test_the_gate_sees_ignored_rows() -> None:
@@ -147,7 +164,14 @@ class Sleepers:
             return (torch.full((), next(calls)),)
 
         copy = sleeper("copy", 0.002, work=2 * case.floor_bytes)
-        return [sleeper("short", 0.004), sleeper("long", 0.012), copy, broken, harness.Provider("tired", tire)]
+        pauses = itertools.cycle((0.001, 0.001, 0.020))
+
+        def moody(_: harness.Inputs) -> harness.Results:
+            time.sleep(next(pauses))
+            return (torch.zeros(()),)
+
+        others = [harness.Provider("moody", moody)]
+        return [*others, sleeper("short", 0.004), sleeper("long", 0.012), copy, broken, harness.Provider("tired", tire)]
 
     def errors(self, *_: Any) -> dict[str, float]:
         return {}
@@ -162,6 +186,8 @@ def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
     assert short.ms == pytest.approx(4, rel=0.25)
     assert short.ratio == pytest.approx(1 / 3, rel=0.25)
     assert long.ratio == 1
+    moody = rows["moody"]
+    assert (moody.p20, moody.ms, moody.p80) == pytest.approx((1, 1, 20), rel=0.5)
     assert rows["copy"].percent_of_ceiling == pytest.approx(100)
     assert short.percent_of_ceiling == pytest.approx(25, rel=0.3)
     assert short.gb_per_s == pytest.approx(SMALL.floor_bytes / short.ms / 1e6)
@@ -250,7 +276,28 @@ def test_aims_without_figures_are_not_met() -> None:
     assert not aim.met
     assert "not measured" in aim.line()
     assert aims.Aim("case", "what", 1.0, 1.0, False).met
+    assert aims.Aim("case", "what", 1.0, 1.0, True).met
     assert not aims.Aim("case", "what", 0.9, 1.0, True).met
+    assert not aims.Aim("case", "what", 1.1, 1.0, False).met
+
+
+def test_a_wrong_or_slow_kernel_of_ours_fails_the_smoke_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def ours_and_eager(times: float, **changes: Any) -> list[dict[str, Any]]:
+        return rows_of(ratio=1.0, **changes) + rows_of(provider=logits.EAGER, ratio=times)
+
+    assert main.verdict(ours_and_eager(main.REGRESSION + 1), "smoke") == 0
+    assert main.verdict(ours_and_eager(main.REGRESSION - 1), "smoke") == 1
+    assert main.verdict(ours_and_eager(main.REGRESSION - 1), "full") == 0
+    assert main.verdict(ours_and_eager(9, refused="the loss is off by 1"), "full") == 1
+    assert "REFUSED logits, a, ours: the loss is off by 1" in capsys.readouterr().err
+
+
+def test_what_another_tree_has_passed_is_forgotten() -> None:
+    state = {"commit": "a", "tests": "ok", "bench": "ok"}
+    assert gpu.known(state, "a") == state
+    assert gpu.known(state, "b") == {"commit": "b"}
+    assert gpu.known({"commit": None, "tests": "ok"}, None) == {"commit": None}
+    assert gpu.known(state | {"commit": "a+changes"}, "a+changes") == {"commit": "a+changes"}
 
 
 def test_the_gpu_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
