@@ -316,7 +316,7 @@ def time_rounds(
     have warmed them up.
 
     Each round has a new order, since what one leaves behind (caches, free memory that the system has to fetch back)
-    must not always meet the same next one. Where time is too short for ten rounds, a provider that takes over 3/10 of
+    must not always meet the same next one. Where time is too short for ten rounds, a provider that takes over half of
     a round sits out after LEAST of them.
     """
     times: Samples = {p.name: [] for p in providers}
@@ -339,5 +339,5 @@ def time_rounds(
         if rounds == LEAST:
             took = {p.name: times[p.name][-1] for p in playing}
             if deadline - time.perf_counter() < (10 - LEAST) * sum(took.values()) / 1e3:
-                playing = [p for p in playing if took[p.name] < 0.3 * sum(took.values())]
+                playing = [p for p in playing if took[p.name] < 0.5 * sum(took.values())]
     return times, host, failed

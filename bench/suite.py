@@ -29,7 +29,7 @@ def cpu() -> list[Entry]:
     """Sizes that two cores go through in ten minutes."""
     bare = Logits(with_compile=False, with_peers=False)
     found = [
-        Entry(Logits(with_peers=False, with_reference=k < 2**16), Case("logits", n, k, dtype=dtype), 3)
+        Entry(Logits(with_peers=False, with_reference=k < 2**16), Case("logits", n, k, dtype=dtype), 2.5)
         for dtype in (F32, BF16)
         for n, k in ((1024, 32000), (512, 128256))
     ]
@@ -44,20 +44,20 @@ def cpu() -> list[Entry]:
     found += [Entry(bare, Case("growth in N", n, 32000, dtype=F32), 0.7) for n in (16, 64, 256, 1024, 4096)]
     calls = Logits(with_peers=False)
     found += [Entry(calls, Case("calls", n, k, dtype=F32), 0.7) for n, k in ((8, 1000), (64, 1000))]
-    found.append(Entry(Options(), Case("options", 1024, 32000, dtype=F32), 3))
+    found.append(Entry(Options(), Case("options", 1024, 32000, dtype=F32), 2))
     found += [
         Entry(Layout(16), Case("layouts", 1024, 32000, dtype=F32)),
         Entry(Layout(4096), Case("layouts", 4096, 8000, dtype=F32)),
     ]
+    found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
+    found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
     head, quick = Linear(with_peers=False), Linear(with_peers=False, with_chunks=False)
     found += [Entry(head, Case("linear", 2048, 32000, 512, t), 5) for t in (F32, BF16)]
     found += [Entry(quick, Case("linear", 256, 128256, 512, t), 2) for t in (F32, BF16)]
     found += [Entry(quick, Case("linear", 1024, 32000, 512, F32, backward=False))]
     found += [Entry(head, Case("linear", 512, 32000, 512, F32, data="zipf"), 1)]
-    found += [Entry(Linear(own=True), Case("cost of smoothing", n, 32000, 512, t), 4) for n, t in SMOOTHED]
+    found += [Entry(Linear(own=True), Case("cost of smoothing", n, 32000, 512, t), 5) for n, t in SMOOTHED]
     found += [Entry(quick, Case("growth in D", 256, 32000, d, F32), 1) for d in (256, 1024, 2048)]
-    found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
-    found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
     return found
 
 

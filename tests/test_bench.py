@@ -200,6 +200,18 @@ def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
     assert slow["short"].repeats == harness.LEAST
 
 
+def test_a_slow_provider_leaves_the_time_to_the_others() -> None:
+    def sleeper(name: str, seconds: float) -> harness.Provider:
+        return harness.Provider(name, lambda _: time.sleep(seconds))  # type: ignore[arg-type,return-value]
+
+    providers = [sleeper("short", 0.02), sleeper("other", 0.02), sleeper("long", 0.08)]
+    watch = harness.Stopwatch("cpu", cold=False)
+    deadline = time.perf_counter() + 0.75  # three rounds and a half of all of them
+    times, _, failed = harness.time_rounds(providers, [harness.Inputs((), (), None)], watch, deadline)
+    assert not failed
+    assert len(times["short"]) == len(times["other"]) > len(times["long"]) == harness.LEAST
+
+
 def rows_of(**changes: Any) -> list[dict[str, Any]]:
     row = {"group": "logits", "case": "a", "provider": "ours", "ms": 2.0, "date": "2026-01-01", "commit": "x"}
     machine = {"device": "cpu", "cpu": "one", "cpu capability": "AVX2", "threads": 2}
