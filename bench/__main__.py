@@ -101,6 +101,19 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e4:
+        raise argparse.ArgumentTypeError(f"{text}: more than 0 and less than 10000 is allowed")
+    return value
+
+
+def existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file or folder")
+    return Path(text)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -108,26 +121,33 @@ def parse() -> argparse.Namespace:
     one.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     one.add_argument("--cases", default="full", choices=["full", "smoke", "peers"], help="smoke: small, shows it runs")
     one.add_argument("--group", nargs="+", metavar="G", help="only these, such as logits or 'growth in K'")
-    one.add_argument("--minutes", type=float, default=10, help="for all of it, about; default: %(default)s")
+    one.add_argument("--minutes", type=minutes, default=10, help="for all of it, about; default: %(default)s")
     one.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")
     one.add_argument("--resume", action="store_true", help="leave out what the file has of this commit and machine")
     one.add_argument(
         "--cache", choices=["cold", "warm"], help="before each call; default: cold on a GPU, else as it is"
     )
     one.add_argument("--commit", help="of the tree, where it is a copy without git")
-    one.set_defaults(main=run)
+    one.set_defaults(command=run)
     two = commands.add_parser("compare", help="times of AFTER over those of BEFORE, on one machine")
-    two.add_argument("before", type=Path)
-    two.add_argument("after", type=Path)
-    two.set_defaults(main=compare)
+    two.add_argument("before", type=existing)
+    two.add_argument("after", type=existing)
+    two.set_defaults(command=compare)
     three = commands.add_parser("report", help="pictures, an HTML page and the README's tables from committed figures")
-    three.add_argument("--results", type=Path, default=results.FOLDER, help="a file or a folder; default: %(default)s")
+    three.add_argument(
+        "--results", type=existing, default=results.FOLDER, help="a file or a folder; default: %(default)s"
+    )
     three.add_argument("--out", type=Path, default=Path("out/bench"), help="of report.html; default: %(default)s")
     three.add_argument("--readme", action="store_true", help="also rewrite the README's tables and pictures")
-    three.set_defaults(main=report.main)
+    three.set_defaults(command=report.main)
     return parser.parse_args()
 
 
-if __name__ == "__main__":
+def main() -> int:
     arguments = parse()
-    raise SystemExit(arguments.main(arguments))
+    code: int = arguments.command(arguments)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -26,7 +26,7 @@ import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 from . import aims, results
-from .__main__ import INCOMPLETE
+from .__main__ import INCOMPLETE, minutes
 
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "setuptools", "ninja", "pybind11", "matplotlib")
 # Of the time that is left, beside the stages that follow.
@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--stage", nargs="+", choices=list(SHARES), help="only these, also where they were done")
-    parser.add_argument("--minutes", type=float, default=9, help="for the whole run; default: %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=9, help="for the whole run; default: %(default)s")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: shows that this program runs")
     parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     return parser.parse_args()

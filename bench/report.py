@@ -26,7 +26,7 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [f"| {' | '.join(self.header)} |", "|---" + "|---:" * (len(self.header) - 1) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in self.rows]
         return "\n".join([*lines, *([f"\n{self.caption}"] if self.caption else [])])
 
     def html(self) -> str:
@@ -72,7 +72,7 @@ def time_cell(record: Record) -> str:
     if "count" in record:
         return str(record["count"])
     if "ms" not in record:
-        return "wrong" if "errors" in record else "—"
+        return "wrong" if "off by" in record["refused"] else "—"
     note = f", {record['note']}" if "note" in record else ""
     ratio = f" ({number(record['ratio'], 2)}×{note})" if record.get("ratio") not in (None, 1.0) else ""
     return number(record["ms"]) + ratio

@@ -17,6 +17,7 @@ import torch
 from labelsmooth_kernels import backends
 
 from . import report, results
+from .__main__ import minutes
 from .harness import EPS, IGNORED, Case, Inputs, Provider, Results, measure
 from .logits import COPY, Logits, copy_existing
 
@@ -88,7 +89,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: under TRITON_INTERPRET=1")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: shows that it runs")
-    parser.add_argument("--minutes", type=float, default=5, help="for all of it, about; default: %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=5, help="for all of it, about; default: %(default)s")
     parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     arguments = parser.parse_args()
     if reason := backends.BACKENDS["triton"].unavailable():

@@ -164,7 +164,7 @@ class Sleepers:
             return (torch.full((), next(calls)),)
 
         copy = sleeper("copy", 0.002, work=2 * case.floor_bytes)
-        pauses = itertools.cycle((0.001, 0.001, 0.020))
+        pauses = itertools.cycle((0.003, 0.003, 0.020))
 
         def moody(_: harness.Inputs) -> harness.Results:
             time.sleep(next(pauses))
@@ -183,13 +183,13 @@ class Sleepers:
 def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
     rows = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.5)}
     short, long, broken = rows["short"], rows["long"], rows["broken"]
-    assert short.ms == pytest.approx(4, rel=0.25)
-    assert short.ratio == pytest.approx(1 / 3, rel=0.25)
+    assert short.ms == pytest.approx(4, rel=0.5)  # a busy machine wakes sleepers late
+    assert short.ratio == pytest.approx(1 / 3, rel=0.4)
     assert long.ratio == 1
     moody = rows["moody"]
-    assert (moody.p20, moody.ms, moody.p80) == pytest.approx((1, 1, 20), rel=0.5)
+    assert (moody.p20, moody.ms, moody.p80) == pytest.approx((3, 3, 20), rel=0.5)
     assert rows["copy"].percent_of_ceiling == pytest.approx(100)
-    assert short.percent_of_ceiling == pytest.approx(25, rel=0.3)
+    assert short.percent_of_ceiling == pytest.approx(25, rel=0.5)
     assert short.gb_per_s == pytest.approx(SMALL.floor_bytes / short.ms / 1e6)
     assert short.repeats >= 10
     assert broken.ms is None
@@ -310,6 +310,24 @@ def test_what_another_tree_has_passed_is_forgotten() -> None:
     assert gpu.known(state, "b") == {"commit": "b"}
     assert gpu.known({"commit": None, "tests": "ok"}, None) == {"commit": None}
     assert gpu.known(state | {"commit": "a+changes"}, "a+changes") == {"commit": "a+changes"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--minutes", "-1"], "-1: more than 0"),
+        (["run", "--group", "nonsense"], "there are calls, cost of smoothing"),
+        (["compare", "nowhere", "nowhere"], "nowhere: there is no such file"),
+        (["report", "--results", "nowhere"], "nowhere: there is no such file"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    assert said in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_the_gpu_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
