@@ -99,6 +99,13 @@ def key(row: dict[str, Any]) -> tuple[str, str]:
     return row["group"], row["case"]
 
 
+def measured(path: Path, facts: dict[str, Any]) -> set[tuple[str, str]]:
+    """The cases that a file holds of the same machine, software and commit: what an interrupted run need not repeat."""
+    same = (*MACHINE, "commit", "torch", "triton")
+    rows = load(path) if path.exists() else []
+    return {key(row) for row in rows if all(row.get(name) == facts[name] for name in same)}
+
+
 def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every case the rows of its last run, so that no table mixes runs inside a case."""
     last = {key(row): row["date"] for row in rows}

@@ -17,7 +17,7 @@ import torch
 from labelsmooth_kernels import backends
 
 from . import report, results
-from .__main__ import minutes
+from .__main__ import INCOMPLETE, minutes
 from .harness import EPS, IGNORED, Case, Inputs, Provider, Results, measure
 from .logits import COPY, Logits, copy_existing
 
@@ -95,17 +95,19 @@ def main() -> int:
     if reason := backends.BACKENDS["triton"].unavailable():
         parser.error(f"it times the Triton kernels, and {reason}")
     facts, deadline = results.provenance(arguments.device, arguments.commit), time.monotonic() + 60 * arguments.minutes
-    every = cases(arguments.device, arguments.tiny)
+    done, left_out = results.measured(arguments.out, facts), 0
+    every = [case for case in cases(arguments.device, arguments.tiny) if (case.group, case.name) not in done]
     for i, case in enumerate(every):
         left = deadline - time.monotonic()
         if left < 1:
             print(f"no time was left for {case.name}")
+            left_out += 1
             continue
         rows = measure(case, Plans(plans=candidates(case)), left / (len(every) - i))
         rows.sort(key=lambda row: row.ms or float("inf"))
         kept = rows[:KEPT] + [row for row in rows[KEPT:] if row.provider in (TABLE, COPY) or row.refused]
         print(f"\n{report.of_case(results.append(arguments.out, kept, facts)).markdown()}", flush=True)
-    return 0
+    return INCOMPLETE if left_out else 0
 
 
 if __name__ == "__main__":

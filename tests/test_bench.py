@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,37 +140,45 @@ def test_memory_is_the_peak_of_what_was_live() -> None:
     assert 6_000_000 <= harness.peak_bytes(step, "cpu") < 6_100_000
 
 
-class Sleepers:
-    """Providers whose times are known."""
+class Clock:
+    """Time that passes only when a provider says so."""
 
-    baseline = "long"
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def taking(self, name: str, *milliseconds: float, **traits: Any) -> harness.Provider:
+        """A provider whose calls take so long, in turn."""
+        pauses = itertools.cycle(milliseconds)
+
+        def step(_: harness.Inputs) -> harness.Results:
+            self.now += next(pauses) / 1e3
+            return (torch.zeros(()),)
+
+        return harness.Provider(name, step, **traits)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", clock)
+    return clock
+
+
+@dataclasses.dataclass
+class Given:
+    """A task of given providers."""
+
+    given: list[harness.Provider]
+    baseline: str = "long"
 
     def inputs(self, case: harness.Case, seed: int) -> harness.Inputs:
         return harness.Inputs((), (), None)
 
     def providers(self, case: harness.Case) -> list[harness.Provider]:
-        def sleeper(name: str, seconds: float, **traits: Any) -> harness.Provider:
-            def step(_: harness.Inputs) -> harness.Results:
-                time.sleep(seconds)
-                return (torch.zeros(()),)
-
-            return harness.Provider(name, step, **traits)
-
-        broken = harness.Provider("broken", lambda _: 1 / 0)  # type: ignore[arg-type,return-value]
-        calls = iter(range(4))  # the gate, the look at the memory, two rounds
-
-        def tire(_: harness.Inputs) -> harness.Results:
-            return (torch.full((), next(calls)),)
-
-        copy = sleeper("copy", 0.002, work=2 * case.floor_bytes)
-        pauses = itertools.cycle((0.003, 0.003, 0.020))
-
-        def moody(_: harness.Inputs) -> harness.Results:
-            time.sleep(next(pauses))
-            return (torch.zeros(()),)
-
-        others = [harness.Provider("moody", moody)]
-        return [*others, sleeper("short", 0.004), sleeper("long", 0.012), copy, broken, harness.Provider("tired", tire)]
+        return self.given
 
     def errors(self, *_: Any) -> dict[str, float]:
         return {}
@@ -180,36 +187,45 @@ class Sleepers:
         return {}
 
 
-def test_times_ratios_and_ceilings_are_those_of_the_calls() -> None:
-    rows = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.5)}
-    short, long, broken = rows["short"], rows["long"], rows["broken"]
-    assert short.ms == pytest.approx(4, rel=0.5)  # a busy machine wakes sleepers late
-    assert short.ratio == pytest.approx(1 / 3, rel=0.4)
-    assert long.ratio == 1
-    moody = rows["moody"]
-    assert (moody.p20, moody.ms, moody.p80) == pytest.approx((3, 3, 20), rel=0.5)
+def test_times_ratios_and_ceilings_are_those_of_the_calls(clock: Clock) -> None:
+    calls = itertools.count()
+
+    def tire(_: harness.Inputs) -> harness.Results:
+        if next(calls) == 4:  # after the gate, the look at the memory and two rounds
+            raise MemoryError("too tired")
+        return (torch.zeros(()),)
+
+    ways = [clock.taking("short", 4), clock.taking("long", 12), clock.taking("moody", 1, 1, 20)]
+    ways += [clock.taking("copy", 2, work=2 * SMALL.floor_bytes), harness.Provider("tired", tire)]
+    ways += [harness.Provider("broken", lambda _: 1 / 0)]  # type: ignore[arg-type,return-value]
+    rows = {row.provider: row for row in harness.measure(SMALL, Given(ways), 1.0)}
+    short = rows["short"]
+    assert short.ms == pytest.approx(4)
+    assert short.ratio == pytest.approx(1 / 3)
+    assert rows["long"].ratio == 1
+    assert (rows["moody"].p20, rows["moody"].ms, rows["moody"].p80) == pytest.approx((1, 1, 20))
     assert rows["copy"].percent_of_ceiling == pytest.approx(100)
-    assert short.percent_of_ceiling == pytest.approx(25, rel=0.5)
-    assert short.gb_per_s == pytest.approx(SMALL.floor_bytes / short.ms / 1e6)
-    assert short.repeats >= 10
-    assert broken.ms is None
-    assert "ZeroDivisionError" in (broken.refused or "")
-    assert "StopIteration" in (rows["tired"].refused or "")
+    assert short.percent_of_ceiling == pytest.approx(25)
+    assert short.gb_per_s == pytest.approx(SMALL.floor_bytes / 4e6)
+    assert 30 < short.repeats < 40
+    assert rows["broken"].ms is None
+    assert "ZeroDivisionError" in (rows["broken"].refused or "")
+    assert rows["tired"].refused == "MemoryError: too tired"
     assert rows["tired"].ms is None
-    slow = {row.provider: row for row in harness.measure(SMALL, Sleepers(), 0.0)}
-    assert slow["short"].repeats == harness.LEAST
 
 
-def test_a_slow_provider_leaves_the_time_to_the_others() -> None:
-    def sleeper(name: str, seconds: float) -> harness.Provider:
-        return harness.Provider(name, lambda _: time.sleep(seconds))  # type: ignore[arg-type,return-value]
+def test_a_slow_provider_leaves_the_time_to_the_others(clock: Clock) -> None:
+    ways = [clock.taking("short", 20), clock.taking("other", 20), clock.taking("long", 80)]
 
-    providers = [sleeper("short", 0.02), sleeper("other", 0.02), sleeper("long", 0.08)]
-    watch = harness.Stopwatch("cpu", cold=False)
-    deadline = time.perf_counter() + 0.75  # three rounds and a half of all of them
-    times, _, failed = harness.time_rounds(providers, [harness.Inputs((), (), None)], watch, deadline)
-    assert not failed
-    assert len(times["short"]) == len(times["other"]) > len(times["long"]) == harness.LEAST
+    def repeats(budget_s: float) -> list[int]:
+        return [row.repeats for row in harness.measure(SMALL, Given(ways), budget_s)]
+
+    assert repeats(0.0) == [harness.LEAST] * 3
+    short, other, long = repeats(0.8)  # the gate, the look at the memory, three rounds and then some
+    assert short == other > long == harness.LEAST
+    assert len(set(repeats(2.0))) == 1
+    alike = Given([clock.taking(name, 100) for name in "abc"])
+    assert len({row.repeats for row in harness.measure(SMALL, alike, 2.0)}) == 1
 
 
 def rows_of(**changes: Any) -> list[dict[str, Any]]:
@@ -243,6 +259,9 @@ def test_files_of_figures_are_added_to_and_carry_their_origin(tmp_path: Path) ->
     assert [row["ms"] for row in rows] == [1.0, 1.2346]
     assert {"torch", "triton", "commit", "date", "device", "cpu"} <= rows[0].keys()
     assert results.newest(rows) == rows[1:]
+    assert results.measured(path, facts) == {("g", "c")}
+    assert results.measured(path, facts | {"commit": "another"}) == set()
+    assert results.measured(tmp_path / "none", facts) == set()
 
 
 def test_peers_that_are_missing_are_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,13 +314,13 @@ def test_aims_without_figures_are_not_met() -> None:
 
 def test_a_wrong_or_slow_kernel_of_ours_fails_the_smoke_run(capsys: pytest.CaptureFixture[str]) -> None:
     def ours_and_eager(times: float, **changes: Any) -> list[dict[str, Any]]:
-        return rows_of(ratio=1.0, **changes) + rows_of(provider=logits.EAGER, ratio=times)
+        return rows_of(provider=logits.INPLACE, ratio=0.5, **changes) + rows_of(provider=logits.EAGER, ratio=times / 2)
 
     assert main.verdict(ours_and_eager(main.REGRESSION + 1), "smoke") == 0
     assert main.verdict(ours_and_eager(main.REGRESSION - 1), "smoke") == 1
     assert main.verdict(ours_and_eager(main.REGRESSION - 1), "full") == 0
     assert main.verdict(ours_and_eager(9, refused="the loss is off by 1"), "full") == 1
-    assert "REFUSED logits, a, ours: the loss is off by 1" in capsys.readouterr().err
+    assert "REFUSED logits, a, ours, in place: the loss is off by 1" in capsys.readouterr().err
 
 
 def test_what_another_tree_has_passed_is_forgotten() -> None:
