@@ -59,7 +59,8 @@ def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
     """What each stage runs; ``--minutes`` is added for those that divide their time themselves."""
     figures, python = str(out / "results.jsonl"), [sys.executable, "-m"]
     on = ["--device", arguments.device, "--out", figures, *(["--commit", arguments.commit] if arguments.commit else [])]
-    tests = [f"tests/{name}" for name in FIRST] + ["tests", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
+    rest = sorted({path.name for path in (results.ROOT / "tests").glob("test_*.py")} - set(FIRST))
+    tests = [*(f"tests/{name}" for name in (*FIRST, *rest)), "-q", "-p", "no:cacheprovider"]
     small = ["--cases", "smoke"] if arguments.device == "cpu" else []
     found = {
         "build": [*python, "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."],
