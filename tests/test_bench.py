@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -349,17 +348,49 @@ def test_wrong_arguments_are_named(
     assert said in f"{stop.value} {capsys.readouterr().err}"
 
 
-def test_the_gpu_program_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--out", str(tmp_path)]
-    settings = {**os.environ, "KINETO_LOG_LEVEL": "99"}
-    command += ["--stage", "bench", "report", "--minutes", "0.3"]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=300)
-    rows = results.load(tmp_path / "results.jsonl")
-    assert rows, first.stdout + first.stderr
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=300)
-    after = results.load(tmp_path / "results.jsonl")
-    timed = [results.key(row) for row in after if row["group"] != "recompilations" and row["provider"] == "ours"]
-    assert len(set(timed)) == len(timed), "a measured case is not measured again"
-    assert len(after) >= len(rows), again.stdout
-    assert "no figure above may be quoted" in again.stdout  # the tests were not run
-    assert len(list(tmp_path.iterdir())) <= 8
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    cases = [dataclasses.replace(SMALL, n=n) for n in (1, 2)]
+    entries = [suite.Entry(Given([clock.taking("ours", 1)], "ours"), case) for case in cases]
+    path = tmp_path / "x.jsonl"
+    command = ["bench", "run", "--group", "logits", "--out", str(path), "--resume", "--minutes", "0.1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--commit", "abc"])
+    monkeypatch.setattr(suite, "entries", lambda device, which: entries[:1])
+    assert main.main() == 0
+    first = path.read_text()
+    monkeypatch.setattr(suite, "entries", lambda device, which: entries)
+    assert main.main() == 0
+    assert path.read_text().startswith(first)
+    assert [row["case"] for row in results.load(path)] == [case.name for case in cases]
+    path.unlink()
+    monkeypatch.setattr(main, "LATE_S", 1e9)
+    assert main.main() == main.INCOMPLETE
+
+
+def test_the_stages_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its outcome; one that does not end is cut; what was done is not done again."""
+    begun = tmp_path / "begun"
+    endings = {
+        "build": "",
+        "tests": "sys.exit(1)",
+        "sanitizers": "time.sleep(600)",
+        "bench": f"sys.exit({main.INCOMPLETE})",
+    }
+    code = "import sys, time; print(NAME, file=open(PATH, 'a')); print('said', NAME); "
+    scripts = {
+        name: [sys.executable, "-c", code.replace("NAME", repr(name)).replace("PATH", repr(str(begun))) + ending]
+        for name, ending in endings.items()
+    }
+    monkeypatch.setattr(gpu, "commands", lambda arguments, out: scripts)
+    out = tmp_path / "out"
+    command = ["bench.gpu", "--device", "cpu", "--commit", "abc", "--minutes", "0.1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu.main() == 1
+    state = json.loads((out / "state.json").read_text())
+    assert state.pop("commit") == "abc"
+    assert state["build"] == "ok"
+    assert state["tests"] == "failed with exit code 1"
+    assert state["sanitizers"].startswith("cut after 5 s")
+    assert state["bench"].startswith("incomplete")
+    assert gpu.main() == 1
+    assert begun.read_text().split() == [*endings, *list(endings)[1:]]
+    assert (out / "run.log").read_text().count("said build") == 1
