@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
     one.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     one.add_argument("--cases", default="full", choices=["full", "smoke", "peers"], help="smoke: small, shows it runs")
     one.add_argument("--group", nargs="+", metavar="G", help="only these, such as logits or 'growth in K'")
-    one.add_argument("--minutes", type=minutes, default=10, help="for all of it, about; default: %(default)s")
+    one.add_argument("--minutes", type=minutes, default=9.5, help="for all of it, about; default: %(default)s")
     one.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")
     one.add_argument("--resume", action="store_true", help="leave out what the file has of this commit and machine")
     one.add_argument(
