@@ -44,7 +44,7 @@ struct View {
 // What a row comes to.
 template <class V>
 struct RowEnd {
-  V zmax, logsum, mass, count, loss, nll, entropy;
+  V zmax, logsum, mass, count, loss, nll, entropy, variance, collision;
   int64_t best;
 };
 
@@ -57,8 +57,8 @@ struct Call {
   Column eps, scale, zmax, logsum, mass, count;
   int64_t ignore_index = -100;
   bool others = false, finite = false, grad_of_target = false;
-  double z_loss = 0, logit_scale = 1, softcap = 0;  // a softcap of 0 is none
-  Column loss, nll, entropy;
+  double z_loss = 0, penalty = 0, logit_scale = 1, softcap = 0;  // a softcap of 0 is none
+  Column loss, nll, entropy, variance, collision;
   int64_t* prediction = nullptr;
 
   LSK_MEMBER bool ignored(int64_t row) const { return target != nullptr && target[row] == ignore_index; }
@@ -71,9 +71,11 @@ struct Call {
   // The CPU's kernels of the logits as they lie know a positive factor.
   bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The CPU's kernels of the logits' own dtype suffice.
-  bool simple() const { return target != nullptr && !finite && !transforms() && !entropy; }
+  bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
+  // The sums of Spread are asked for.
+  LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }
   // More than an index target and a scale: for the kernels of a GPU.
-  bool general() const { return target == nullptr || rest || finite || softcap != 0 || entropy || grad_of_target; }
+  bool general() const { return target == nullptr || rest || finite || softcap != 0 || spreads() || grad_of_target; }
   template <class V>
   LSK_MEMBER Weights<V> row_weights(int64_t row, V count) const {
     return weights(eps.get<V>(row), count, others);
@@ -84,13 +86,16 @@ struct Call {
     const V covered = finite ? s.cover : prior ? V(1) : V(k), logs = log(s.sum);
     const Weights<V> w = row_weights<V>(row, covered);
     const V all = target != nullptr && !rest ? V(1) : w.a * s.wt.mass + w.b * s.rest.mass;
+    const V given_up = penalty == 0 ? V(0) : V(penalty) * lsk::entropy(logs, s);
     return {s.max,
             logs,
-            all,
+            all + given_up,
             covered,
-            row_loss(all, logs, w, s, V(z_loss)),
+            row_loss(all, logs, w, s, V(z_loss)) - given_up,
             s.t.mass * logs - s.t.dev,
-            logs - s.spread / s.sum,
+            lsk::entropy(logs, s),
+            lsk::variance(s),
+            s.spread.square / (s.sum * s.sum),
             s.best};
   }
 
@@ -104,6 +109,8 @@ struct Call {
     loss.set(row, out ? V(0) : good ? r.loss : V(NAN));
     nll.set(row, out ? V(0) : good ? r.nll : V(NAN));
     entropy.set(row, r.entropy);
+    variance.set(row, r.variance);
+    collision.set(row, r.collision);
     if (prediction != nullptr) prediction[row] = r.best < k ? r.best : k - 1;  // NaNs have no maximum
   }
 };

@@ -198,21 +198,27 @@ double sum(const void* values, int64_t n) {
 }
 
 template <class T>
-double spread(const void* logits, int64_t n, double scale, double shift) {
+Spread<double> spread(const void* logits, int64_t n, double scale, double shift) {
   const T* x = static_cast<const T*>(logits);
   const Vec<T> factor = operand<T>(scale), m = operand<T>(shift);
-  Group<T> sum = {};
+  Group<T> first = {}, second = {}, square = {};
   for_groups<T>(n, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
     const Group<T> v = load_some(x + k, count);
     LSK_EACH(i) {
-      Vec<T> d = v.v[i] * factor - m;
-      if (count < kGroup<T>) d = lanes_between<T>(i, 0, count) ? d : Vec<T>{};
-      const Vec<T> e = exp_nonpositive(d);
-      sum.v[i] += e == 0 ? Vec<T>{} : e * d;
+      Vec<T> d = v.v[i] * factor - m, e = exp_nonpositive(d);
+      if (count < kGroup<T>) e = lanes_between<T>(i, 0, count) ? e : Vec<T>{};
+      d = e == 0 ? Vec<T>{} : d;
+      first.v[i] += e * d;
+      second.v[i] += e * d * d;
+      square.v[i] += e * e;
     }
   });
-  double all = 0;
-  for (int l = 0; l < kWidth<T>; ++l) all += total(sum)[l];
+  Spread<double> all = {};
+  for (int l = 0; l < kWidth<T>; ++l) {
+    all.first += total(first)[l];
+    all.second += total(second)[l];
+    all.square += total(square)[l];
+  }
   return all;
 }
 
@@ -241,13 +247,15 @@ void class_gradient(const void* logits, const void* rest, const void* slopes, vo
   const T* x = static_cast<const T*>(logits);
   const Acc<T>*r = static_cast<const Acc<T>*>(rest), *slope = static_cast<const Acc<T>*>(slopes);
   T* g = static_cast<T*>(grad);
-  const Gradient<T, Vec<T>> rule(row);
-  if (r == nullptr)
-    rule.row(x, nullptr, slope, g, n, target);
-  else if (slope == nullptr)
-    rule.row(x, r, nullptr, g, n, target);
-  else
-    rule.row(x, r, slope, g, n, target);
+  const auto run = [&](const auto& rule) {
+    if (r == nullptr)
+      rule.row(x, nullptr, slope, g, n, target);
+    else if (slope == nullptr)
+      rule.row(x, r, nullptr, g, n, target);
+    else
+      rule.row(x, r, slope, g, n, target);
+  };
+  row.penalty == 0 ? run(Gradient<T, Vec<T>>(row)) : run(Gradient<T, Vec<T>, true>(row));
 }
 
 template <class T>

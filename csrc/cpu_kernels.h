@@ -8,10 +8,10 @@
 
 namespace lsk {
 
-// A row's gradient is factor·(mass·p - q): p from (zmax, logsum) and z = scale·x, q = q_target at class `target` and
-// q_rest elsewhere.
+// A row's gradient is factor·((mass + penalty·log p)·p - q): p from (zmax, logsum) and z = scale·x, q = q_target at class
+// `target` and q_rest elsewhere.
 struct GradientRow {
-  double scale, zmax, logsum, mass, q_target, q_rest, factor;
+  double scale, zmax, logsum, mass, q_target, q_rest, factor, penalty;
 };
 
 // Rows of n classes in a tensor; strides in elements.
@@ -49,8 +49,7 @@ struct BlockKernels {
   // z = cap(scale·x), and the slope cap' where it is not null; no cap where `cap` is 0. z may be x.
   void (*transform)(const void* x, void* z, void* slope, int64_t n, double scale, double cap);
   double (*sum)(const void* v, int64_t n);  // Σ v
-  // Σ exp(z - shift)·(z - shift)
-  double (*spread)(const void* x, int64_t n, double scale, double shift);
+  Spread<double> (*spread)(const void* x, int64_t n, double scale, double shift);
   // q = a·t + b·r
   void (*mix)(const void* x, const void* t, const void* r, void* q, int64_t n, Weights<double> w, double masked);
   // factor·(logsum - (z - zmax)), where z - zmax counts as 0 if q = 0 and z = -inf

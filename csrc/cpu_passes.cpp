@@ -229,7 +229,7 @@ Stats<double> Worker::row_stats(const Piece& p, int64_t r) {
   } else if (call_.probabilities && call_.nll) {
     s.t = call_.weight ? rows_.class_block(z, nullptr, given(p, r), p.n, scale_, NAN, z).wt : s.wt;
   }
-  if (call_.entropy) s.spread = blocks_.spread(z, p.n, scale_, shift);
+  if (call_.spreads()) s.spread = blocks_.spread(z, p.n, scale_, shift);
   if (call_.prediction != nullptr) s.best = p.begin + std::min(rows_.find(z, p.n, scale_, s.max), p.n - 1);
   return s;
 }
@@ -240,7 +240,7 @@ void Worker::row_gradient(const Piece& p, int64_t r, char* g) {
   const Weights<double> w = call_.row_weights(row, call_.count[row]);
   const double zmax = call_.zmax[row], logsum = call_.logsum[row];
   const double mass = call_.mass[row] + 2 * call_.z_loss * (zmax + logsum);
-  GradientRow rule = {scale_, zmax, logsum, mass, 0, w.b, call_.scale[row] * call_.logit_scale};
+  GradientRow rule = {scale_, zmax, logsum, mass, 0, w.b, call_.scale[row] * call_.logit_scale, call_.penalty};
   const int64_t y = hot(p, row);
   if (y >= 0) {
     const bool covered = !call_.finite || rows_.value(z + y * element_) > -INFINITY;
@@ -263,7 +263,7 @@ void Worker::row_target_gradient(const Piece& p, int64_t r, char* g) {
   const char* z = transformed(p, r);
   const Weights<double> w = call_.row_weights(row, call_.count[row]);
   mix(p, r, z, w);
-  blocks_.target_gradient(z, q_, g, p.n, {scale_, call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a});
+  blocks_.target_gradient(z, q_, g, p.n, {scale_, call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a, 0});
   if (call_.weight) blocks_.multiply(g, call_.weight.at(p.begin), g, p.n);
 }
 

@@ -138,10 +138,10 @@ int64_t find(const void* logits, int64_t n, double scale, double value) {
 }
 
 // Factor: what scale and mass are, vectors or One.
-template <class T, class Factor>
+template <class T, class Factor, bool kPenalty = false>
 struct Gradient {
   Factor scale, mass;
-  Vec<T> zmax, logsum, factor, q_rest, q_target;
+  Vec<T> zmax, logsum, factor, q_rest, q_target, penalty;
 
   explicit Gradient(const GradientRow& r)
       : scale(operand<T>(r.scale)),
@@ -150,10 +150,13 @@ struct Gradient {
         logsum(operand<T>(r.logsum)),
         factor(operand<T>(r.factor)),
         q_rest(operand<T>(r.q_rest)),
-        q_target(operand<T>(r.q_target)) {}
+        q_target(operand<T>(r.q_target)),
+        penalty(operand<T>(r.penalty)) {}
 
   LSK_MEMBER Vec<T> at(Vec<T> x, Vec<T> q, Vec<T> f) const {
-    return f * dz(mass, exp_nonpositive(log_p(x, scale, zmax, logsum)), q);
+    const Vec<T> logp = log_p(x, scale, zmax, logsum), p = exp_nonpositive(logp);
+    if constexpr (kPenalty) return f * dz(mass, penalty * larger(logp, splat<T>(kLowest<Acc<T>>)), p, q);
+    return f * dz(mass, p, q);
   }
 
   // Whole groups without the target; the vectors r and slope are null or factors of q_rest and `factor`.
@@ -203,7 +206,9 @@ template <class T>
 void gradient(const void* z, void* g, int64_t n, int64_t target, const GradientRow& row) {
   const T* x = static_cast<const T*>(z);
   T* out = static_cast<T*>(g);
-  if (row.scale == 1 && row.mass == 1)
+  if (row.penalty != 0)
+    Gradient<T, Vec<T>, true>(row).row(x, nullptr, nullptr, out, n, target);
+  else if (row.scale == 1 && row.mass == 1)
     Gradient<T, One>(row).row(x, nullptr, nullptr, out, n, target);
   else
     Gradient<T, Vec<T>>(row).row(x, nullptr, nullptr, out, n, target);

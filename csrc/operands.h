@@ -95,7 +95,7 @@ struct Prepared {
   // The arguments of every operator between its logits and what is its own, in the order of the schema.
   Prepared(const Tensor& logits, bool written, const Tensor& target, OptionalTensor weight, OptionalTensor prior,
            double eps, OptionalTensor eps_rows, OptionalTensor row_scale, int64_t ignore_index, bool others,
-           bool finite, double z_loss, double logit_scale, std::optional<double> softcap) {
+           bool finite, double z_loss, double penalty, double logit_scale, std::optional<double> softcap) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     check_device(target, "target", logits);
     call.logits = view_of(logits, "logits", written);
@@ -123,6 +123,7 @@ struct Prepared {
     call.others = others;
     call.finite = finite;
     call.z_loss = z_loss;
+    call.penalty = penalty;
     call.logit_scale = logit_scale;
     call.softcap = softcap.value_or(0);
   }
@@ -147,7 +148,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, saved, sta
 
 template <class Runner>
 Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
-  TORCH_CHECK(n_stats >= 0 && n_stats <= 2, "n_stats must be 0, 1 or 2, got ", n_stats);
+  TORCH_CHECK(n_stats >= 0 && n_stats <= 4 && n_stats != 3, "n_stats must be 0, 1, 2 or 4, got ", n_stats);
   const auto options = logits.options().dtype(acc_dtype(logits));
   const int64_t n = p.call.n;
   const Tensor loss = at::empty({n}, options), saved = at::empty({4, n}, options);
@@ -157,6 +158,8 @@ Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
   p.set_saved(saved);
   if (n_stats > 0) p.call.nll = output_column(stats, 0);
   if (n_stats > 1) p.call.entropy = output_column(stats, 1);
+  if (n_stats > 2) p.call.variance = output_column(stats, 2);
+  if (n_stats > 2) p.call.collision = output_column(stats, 3);
   if (n_stats > 0) p.call.prediction = prediction.mutable_data_ptr<int64_t>();
   Runner::forward(p.call, logits);
   return {loss, saved, stats, prediction};
@@ -225,7 +228,7 @@ void scale_(Tensor& grad, const Tensor& scale) {
 
 template <class Runner>
 using Operators = OperatorsOf<Runner, const Tensor&, OptionalTensor, OptionalTensor, double, OptionalTensor,
-                              OptionalTensor, int64_t, bool, bool, double, double, std::optional<double>>;
+                              OptionalTensor, int64_t, bool, bool, double, double, double, std::optional<double>>;
 
 // As the operators `{backend}_{name}` of the dispatch key that m is for.
 template <class Runner>

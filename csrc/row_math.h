@@ -1,9 +1,10 @@
 // The maths of one row of logits, stated once for every C++ kernel; names are shared with the Triton and Python sides.
 //
-//   q = a·w·t + b·r      loss = M·logsum - Σ q·(z - zmax) + z_loss·lse²      dz = (M + 2·z_loss·lse)·p - q
+//   q = a·w·t + b·r      loss = M·logsum - Σ q·(z - zmax) + z_loss·lse² - penalty·H
+//   dz = (M + 2·z_loss·lse + penalty·H + penalty·log p)·p - q
 //
-// with p = exp((z - zmax) - logsum), M = Σ q, t the target (one-hot, or given), w the class weights and r = w·u·c what
-// smoothing is spread over: class weights, prior and covered classes, each 1 where absent.
+// with p = exp((z - zmax) - logsum), H = -Σ p·log p, M = Σ q, t the target (one-hot, or given), w the class weights and
+// r = w·u·c what smoothing is spread over: class weights, prior and covered classes, each 1 where absent.
 //
 // V is float, double or a SIMD vector of them. Plain static templates, no ATen, no std::, so that g++ may compile this
 // header once per instruction set without one copy replacing another at link time, and nvcc may compile it for a GPU.
@@ -47,18 +48,24 @@ struct Moments {
   V mass, dev;
 };
 
+// Σ e·(z - shift), Σ e·(z - shift)² and Σ e² with e = exp(z - shift).
+template <class V>
+struct Spread {
+  V first, second, square;
+};
+
 // A piece of a row, with shift = origin(max).
 template <class V>
 struct Stats {
-  V max, sum, spread;      // max z, Σ exp(z - shift), Σ exp(z - shift)·(z - shift)
-  Moments<V> rest, wt, t;  // of r, w·t and t
+  V max, sum;              // max z, Σ exp(z - shift)
+  Spread<V> spread;  Moments<V> rest, wt, t;  // of r, w·t and t
   V cover;                 // Σ u·c
   int64_t best;            // first class with z = max
 };
 
 template <class V>
 LSK_INLINE Stats<V> no_stats() {
-  return {-V(INFINITY), 0, 0, {0, 0}, {0, 0}, {0, 0}, 0, 0};
+  return {-V(INFINITY), 0, {0, 0, 0}, {0, 0}, {0, 0}, {0, 0}, 0, 0};
 }
 
 // A piece whose logits are all -inf is summed about 0: (-inf) - (-inf) would make a NaN of weights that are simply 0.
@@ -78,13 +85,20 @@ LSK_INLINE Moments<V> moved(Moments<V> m, V by) {
   return {m.mass, m.dev + m.mass * by};
 }
 
+template <class V>
+LSK_INLINE Spread<V> spread_from(const Spread<V>& s, V sum, V max, V new_max) {
+  const V by = origin(max) - origin(new_max);
+  return {rescale(s.first + sum * by, max, new_max), rescale(s.second + (2 * s.first + sum * by) * by, max, new_max),
+          rescale(rescale(s.square, max, new_max), max, new_max)};
+}
+
 // A piece with its sums taken about a maximum of at least its own.
 template <class V>
 LSK_INLINE Stats<V> seen_from(const Stats<V>& p, V max) {
   const V by = origin(p.max) - origin(max);
   return {max,
           rescale(p.sum, p.max, max),
-          rescale(p.spread + p.sum * by, p.max, max),
+          spread_from(p.spread, p.sum, p.max, max),
           moved(p.rest, by),
           moved(p.wt, by),
           moved(p.t, by),
@@ -104,7 +118,7 @@ LSK_INLINE Stats<V> merge(const Stats<V>& p, const Stats<V>& q) {
   const bool second = p.max < q.max || (p.max == q.max && q.best < p.best);
   return {max,
           x.sum + y.sum,
-          x.spread + y.spread,
+          {x.spread.first + y.spread.first, x.spread.second + y.spread.second, x.spread.square + y.spread.square},
           both(x.rest, y.rest),
           both(x.wt, y.wt),
           both(x.t, y.t),
@@ -118,16 +132,33 @@ LSK_INLINE V row_loss(V mass, V logsum, Weights<V> w, const Stats<V>& s, V z_los
   return mass * logsum - (weighted(w.a, s.wt.dev) + weighted(w.b, s.rest.dev)) + z_loss * lse * lse;
 }
 
+// -Σ p·log p
+template <class V>
+LSK_INLINE V entropy(V logsum, const Stats<V>& s) {
+  return logsum - s.spread.first / s.sum;
+}
+
+// Σ p·z² - (Σ p·z)²; the class of the maximum alone makes it at least mean²/K about the maximum.
+template <class V>
+LSK_INLINE V variance(const Stats<V>& s) {
+  const V mean = s.spread.first / s.sum, found = s.spread.second / s.sum - mean * mean;
+  return found < 0 ? V(0) : found;
+}
+
 // zmax and logsum stay two numbers: their sum would lose the digits of logsum where the logits are large.
 template <class V, class Scale>
 LSK_INLINE V log_p(V x, Scale scale, V zmax, V logsum) {
   return (x * scale - zmax) - logsum;
 }
 
-// mass is M + 2·z_loss·lse.
+// mass is M + 2·z_loss·lse + penalty·H, and `surprise` penalty·log p, finite where p is 0.
 template <class V, class Mass>
 LSK_INLINE V dz(Mass mass, V p, V q) {
   return mass * p - q;
+}
+template <class V>
+LSK_INLINE V dz(V mass, V surprise, V p, V q) {
+  return (mass + surprise) * p - q;
 }
 
 }  // namespace lsk

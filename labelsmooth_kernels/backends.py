@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EVERY_OPTION = frozenset(
     {
         "index target", "probability target", "weight", "smoothing prior", "smooth_over='finite'", "z_loss",
-        "logit_scale", "softcap",
+        "confidence_penalty", "logit_scale", "softcap",
     }
 )  # fmt: skip
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in

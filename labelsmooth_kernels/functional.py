@@ -35,7 +35,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    return_stats: Literal[True, "entropy"],
+    return_stats: Literal[True, "entropy", "all"],
     **options: Any,
 ) -> tuple[Tensor, RowStats]: ...
 @overload
@@ -54,6 +54,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
     smooth_over: str = "all",
     class_dim: int = 1,
     z_loss: float = 0.0,
+    confidence_penalty: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     row_weight: Tensor | None = None,
@@ -64,8 +65,9 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy with label smoothing, loss and gradient in one pass over the logits.
 
-    ``loss = M·lse - Σ q·z + z_loss·lse²`` per row, with ``z = softcap·tanh(logit_scale·x / softcap)``, ``lse =
-    log Σ exp z`` and target weights q of mass M; the gradient in z is ``(M + 2·z_loss·lse)·p - q``. See
+    ``loss = M·lse - Σ q·z + z_loss·lse² - confidence_penalty·H`` per row, with ``z = softcap·tanh(logit_scale·x /
+    softcap)``, ``lse = log Σ exp z``, target weights q of mass M, ``p = exp(z - lse)`` and its entropy ``H``; the
+    gradient in z is ``(M + 2·z_loss·lse + confidence_penalty·(H + log p))·p - q``. See
     :mod:`labelsmooth_kernels.reference` for q.
 
     Args:
@@ -82,6 +84,8 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is
             renormalised.
         class_dim: where the classes are; ignored for (K,).
+        confidence_penalty: β of Pereyra et al. 2017, rewards entropy; below 0 it is entropy minimisation (Grandvalet
+            and Bengio 2004), and all there is beside probabilities of zeros as ``target``.
         z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap.
         row_weight: a factor for every row's loss, of the shape of target.
         normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
@@ -90,7 +94,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
             logits are gone once the loss is returned. Autograd raises where their old values, or the gradient, are
             missed.
         return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
-            target; ``"entropy"`` adds the entropy of p.
+            target; ``"entropy"`` adds the entropy of p, ``"all"`` also the variance of z under p and Σ p².
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
 
     Returns:
@@ -115,6 +119,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         smooth_over=smooth_over,
         class_dim=class_dim,
         z_loss=z_loss,
+        confidence_penalty=confidence_penalty,
         logit_scale=logit_scale,
         softcap=softcap,
         row_weight=row_weight,
@@ -143,9 +148,7 @@ def shaped(
         reduced = reduced.reshape(shape)
     if stats is None:
         return reduced
-    nll, lse, confidence, prediction = (value.reshape(shape) for value in stats[:4])
-    entropy = None if stats.entropy is None else stats.entropy.reshape(shape)
-    return reduced, RowStats(nll, lse, confidence, prediction, entropy)
+    return reduced, RowStats(*(value if value is None else value.reshape(shape) for value in stats))
 
 
 # ---- the gate
@@ -345,4 +348,4 @@ def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | No
 
 def kernel_stats(saved: Tensor, stats: Tensor, prediction: Tensor) -> RowStats:
     zmax, logsum = saved[:2]
-    return RowStats(stats[0], zmax + logsum, (-logsum).exp(), prediction, stats[1] if len(stats) > 1 else None)
+    return RowStats(stats[0], zmax + logsum, (-logsum).exp(), prediction, *stats[1:])

@@ -132,8 +132,8 @@ def linear_cross_entropy(
         filter_eps: with ``"tiled"``, tiles whose every gradient entry lies below are replaced by their mean; the
             smoothing term and the sum of a row's gradient stay exact. None: the dtype's resolution / 32; 0: exact.
         options: accepted for the sake of ``F.linear_cross_entropy``; how that function chunks has no meaning here.
-        loss_options: ``reduction``, ``label_smoothing``, ``smoothing``, ``smooth_over``, ``z_loss``, ``logit_scale``,
-            ``softcap``, ``row_weight``, ``normalizer``, ``return_stats``, ``backend`` of ``cross_entropy``.
+        loss_options: ``reduction``, ``label_smoothing``, ``smoothing``, ``smooth_over``, ``z_loss``,
+            ``confidence_penalty``, ``logit_scale``, ``softcap``, ``row_weight``, ``normalizer``, ``return_stats``, ``backend`` of ``cross_entropy``.
 
     Returns:
         What ``cross_entropy`` returns.
@@ -336,7 +336,8 @@ def _why_not_tiled(call: _Call, chosen: backends.Backend) -> list[str]:
         "it serves class indices, not soft targets": not rows.index_target,
         "it does not serve softcap: smoothing is no longer rank one under it": spec.softcap is not None,
         "it does not serve smooth_over='finite'": spec.smooth_over == "finite" and spec.smooths,
-        "it does not serve return_stats='entropy'": spec.return_stats == "entropy",
+        f"it does not serve return_stats={spec.return_stats!r}": spec.n_stats > 1,
+        "it does not serve confidence_penalty": spec.confidence_penalty != 0.0,
         "it serves a linear_weight of two dimensions": call.positions > 1,
     }
     return [reason for reason, holds in refused.items() if holds]

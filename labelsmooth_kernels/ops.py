@@ -18,15 +18,15 @@ softcap is None, and cap(-inf) = -inf, the target weights of a row are
 A term whose weight is exactly 0 is 0 even at z = -inf. With M = Σ q, zmax = max z, logsum = log Σ exp(z - zmax) and
 lse = zmax + logsum,
 
-    loss = M·logsum - Σ q·(z - zmax) + z_loss·lse²
-    grad = row_scale·logit_scale·cap'·((M + 2·z_loss·lse)·p - q)        p = exp((z - zmax) - logsum)
+    loss = M·logsum - Σ q·(z - zmax) + z_loss·lse² - confidence_penalty·H
+    grad = row_scale·logit_scale·cap'·((M + 2·z_loss·lse + confidence_penalty·(H + log p))·p - q)
 
-rounded once, in the logits' dtype, shape and, where they are dense, strides (``empty_like``). ``row_scale`` is None
+with log p = (z - zmax) - logsum and H = -Σ p·log p, rounded once, in the logits' dtype, shape and, where they are dense, strides (``empty_like``). ``row_scale`` is None
 (= 1) or a contiguous acc tensor of 1 or N factors. M is exactly 1 for an index target without weight and prior.
 
-``forward`` returns (loss, saved, stats, prediction, grad): ``saved`` (4, N) is (zmax, logsum, M, n); ``stats``
-(n_stats, N) is (nll, entropy) cut to its first n_stats rows, nll = -Σ t·log p without weights and smoothing, entropy =
--Σ p·log p; ``prediction`` (N,) int64 comes with n_stats > 0 and is argmax z (the lowest index among equals). What was
+``forward`` returns (loss, saved, stats, prediction, grad): ``saved`` (4, N) is (zmax, logsum, M + confidence_penalty·H, n); ``stats``
+(n_stats, N) is (nll, entropy, variance, collision) cut to its first n_stats (0, 1, 2 or 4) rows: nll = -Σ t·log p
+without weights and smoothing, entropy = -Σ p·log p, variance = Σ p·z² - (Σ p·z)², collision = Σ p²; ``prediction`` (N,) int64 comes with n_stats > 0 and is argmax z (the lowest index among equals). What was
 not asked for has no elements. ``backward`` makes grad from ``saved``; ``target_grad`` the gradient of Σ row_scale·loss
 in a floating-point target, row_scale·(1 - e)·w_k·(logsum - (z_k - zmax)), in the target's dtype (z_k - zmax counting as
 0 where q_k = 0 and z_k = -inf). The ``_`` forms write the gradient over the logits. ``scale_`` multiplies a gradient by
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 NAMESPACE = "labelsmooth_kernels"
 ROW_SCHEMA = (
     "Tensor target, Tensor? weight, Tensor? prior, float eps, Tensor? eps_rows, Tensor? row_scale, int ignore_index, "
-    "bool others, bool finite, float z_loss, float logit_scale, float? softcap"
+    "bool others, bool finite, float z_loss, float confidence_penalty, float logit_scale, float? softcap"
 )
 SCHEMAS = {
     "forward": f"(Tensor logits, {ROW_SCHEMA}, bool with_grad, int n_stats) -> "
@@ -83,6 +83,7 @@ class RowCall(NamedTuple):
     others: bool
     finite: bool
     z_loss: float
+    confidence_penalty: float
     logit_scale: float
     softcap: float | None
 

@@ -1,15 +1,15 @@
 """The maths of the loss, once, in plain PyTorch: any option, dtype and device, differentiable any number of times.
 
 One row: logits x (K values), transformed logits z = cap(s·x) with scale s and cap(v) = c·tanh(v/c), target weights q
-of mass M = Σ q, z-loss factor ζ, row factor g (row weight × upstream gradient / normaliser).
+of mass M = Σ q, z-loss factor ζ, confidence penalty β, row factor g (row weight × upstream gradient / normaliser).
 
     lse  = log Σ exp z                                      p  = exp(z - lse)
-    loss = M·lse - Σ q·z + ζ·lse²                           dz = (M + 2ζ·lse)·p - q
-    dx   = g · dz · s · cap'(s·x)
+    loss = M·lse - Σ q·z + ζ·lse² - β·H                     H  = -Σ p·log p
+    dz   = (M + 2ζ·lse + β·(H + log p))·p - q               dx = g · dz · s · cap'(s·x)
 
-*Derivation.* With q fixed, ∂lse/∂z_k = exp z_k / Σ exp z = p_k, so ∂loss/∂z_k = M·p_k - q_k + 2ζ·lse·p_k. For ζ = 0
-and M = 1 this is the textbook p - q; it holds for every q, which is why each option is a choice of q, z or g and never
-a new formula:
+*Derivation.* With q fixed, ∂lse/∂z_k = exp z_k / Σ exp z = p_k, so ∂loss/∂z_k = M·p_k - q_k + 2ζ·lse·p_k, and
+∂H/∂z_k = -p_k·(log p_k + H). For ζ = β = 0 and M = 1 this is the textbook p - q; it holds for every q, which is why
+each option is a choice of q, z or g and never a new formula:
 
     plain                       q_k = [k=y]
     smoothing="uniform"         q_k = (1-ε)[k=y] + ε/K                       Szegedy et al. 2016, PyTorch
@@ -54,7 +54,11 @@ class RowStats(NamedTuple):
     prediction: Tensor
     """argmax z, int64"""
     entropy: Tensor | None = None
-    """-Σ p·log p, with ``return_stats="entropy"``"""
+    """-Σ p·log p, with ``return_stats="entropy"`` or ``"all"``"""
+    variance: Tensor | None = None
+    """Var_p[z] = Σ p·z² - (Σ p·z)², with ``return_stats="all"``"""
+    collision: Tensor | None = None
+    """Σ p², what the Brier score needs, with ``return_stats="all"``"""
 
 
 def weights(e: float | Tensor, K: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -77,7 +81,15 @@ def optimal_gap(eps: float, K: int, smoothing: str = "uniform") -> float:
     return math.log((a + b) / b) if b > 0 else math.inf
 
 
-def row_loss(z: Tensor, q: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def entropy(shifted: Tensor, logsum: Tensor) -> Tensor:
+    """H = -Σ p·log p (N,) from z - zmax (N, K) and its logsum (N,)."""
+    p = (shifted - logsum[:, None]).exp()
+    return logsum - (p * torch.where(shifted == -math.inf, 0.0, shifted)).sum(-1)
+
+
+def row_loss(
+    z: Tensor, q: Tensor, z_loss: float = 0.0, confidence_penalty: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, zmax, logsum) of transformed logits z (N, K) and target weights q (N, K), each (N,)."""
     zmax = z.detach().amax(-1)
     shifted = z - zmax.clamp_min(torch.finfo(z.dtype).min)[:, None]
@@ -86,14 +98,22 @@ def row_loss(z: Tensor, q: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor,
     loss = q.sum(-1) * logsum - (q * torch.where(absent, 0.0, shifted)).sum(-1)
     if z_loss:
         loss = loss + z_loss * (zmax + logsum).square()
+    if confidence_penalty:
+        loss = loss - confidence_penalty * entropy(shifted, logsum)
     return loss, zmax, logsum
 
 
-def dz(z: Tensor, q: Tensor, zmax: Tensor, logsum: Tensor, z_loss: float = 0.0) -> Tensor:
-    """The gradient of :func:`row_loss` in z: (M + 2ζ·lse)·p - q, the closed form that the kernels compute."""
-    p = ((z - zmax.clamp_min(torch.finfo(z.dtype).min)[:, None]) - logsum[:, None]).exp()
-    mass = q.sum(-1) + 2 * z_loss * (zmax + logsum)
-    return mass[:, None] * p - q
+def dz(
+    z: Tensor, q: Tensor, zmax: Tensor, logsum: Tensor, z_loss: float = 0.0, confidence_penalty: float = 0.0
+) -> Tensor:
+    """The gradient of :func:`row_loss` in z: (M + 2ζ·lse + β·(H + log p))·p - q, which the kernels compute."""
+    shifted = z - zmax.clamp_min(torch.finfo(z.dtype).min)[:, None]
+    log_p = shifted - logsum[:, None]
+    mass = (q.sum(-1) + 2 * z_loss * (zmax + logsum))[:, None]
+    if confidence_penalty:
+        surprise = entropy(shifted, logsum)[:, None] + torch.where(log_p == -math.inf, 0.0, log_p)
+        mass = mass + confidence_penalty * surprise
+    return mass * log_p.exp() - q
 
 
 def merge(
@@ -182,7 +202,8 @@ def row_losses(rows: Rows) -> Tensor:
     """The loss of every row (N,), row weights not applied; an ignored row has 0 and no gradient, even from NaN."""
     rows = rows.flat()
     z = transform(_valid_logits(rows), rows.spec)
-    loss, _, _ = row_loss(z, target_weights(rows, z, unsmoothed_targets(rows, z)), rows.spec.z_loss)
+    q = target_weights(rows, z, unsmoothed_targets(rows, z))
+    loss, _, _ = row_loss(z, q, rows.spec.z_loss, rows.spec.confidence_penalty)
     return torch.where(rows.valid, loss, 0.0) if rows.index_target else loss
 
 
@@ -192,7 +213,8 @@ def logit_gradient(rows: Rows, upstream: Tensor) -> Tensor:
     z = transform(_valid_logits(rows), rows.spec)
     q = target_weights(rows, z, unsmoothed_targets(rows, z))
     _, zmax, logsum = row_loss(z, q)
-    grad = upstream[:, None] * slope(z, rows.spec) * dz(z, q, zmax, logsum, rows.spec.z_loss)
+    spec = rows.spec
+    grad = upstream[:, None] * slope(z, spec) * dz(z, q, zmax, logsum, spec.z_loss, spec.confidence_penalty)
     if rows.index_target:
         grad = torch.where(rows.valid[:, None], grad, 0.0)
     return grad.to(rows.logits.dtype).reshape(shape)
@@ -220,12 +242,13 @@ def row_stats(rows: Rows) -> RowStats:
     nll, zmax, logsum = row_loss(z, unsmoothed_targets(rows, z))
     if rows.index_target:
         nll = torch.where(rows.valid, nll, 0.0)
-    entropy = None
-    if rows.spec.return_stats == "entropy":
-        down = z - zmax[:, None]
-        p = (down - logsum[:, None]).exp()
-        entropy = logsum - torch.where(down == -math.inf, 0.0, p * down).sum(-1)
-    return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1), entropy)
+    more: list[Tensor] = []
+    if rows.spec.n_stats > 1:
+        shifted = z - zmax[:, None]
+        p, H = (shifted - logsum[:, None]).exp(), entropy(shifted, logsum)
+        off = torch.where(shifted == -math.inf, 0.0, shifted) - (logsum - H)[:, None]
+        more = [H, (p * off.square()).sum(-1), p.square().sum(-1)]
+    return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1), *more[: rows.spec.n_stats - 1])
 
 
 def normalizer(rows: Rows) -> Tensor:

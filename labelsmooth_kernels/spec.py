@@ -74,6 +74,7 @@ class LossSpec:
     smooth_over: str = "all"
     class_dim: int = 1
     z_loss: float = 0.0
+    confidence_penalty: float = 0.0
     logit_scale: float = 1.0
     softcap: float | None = None
     row_weight: Tensor | None = None
@@ -89,8 +90,8 @@ class LossSpec:
             value = getattr(self, name)
             require(value is None or isinstance(value, Tensor), name, value, "a tensor or None")
         require(self.backend is None or isinstance(self.backend, str), "backend", self.backend, "a name or None")
-        known = isinstance(self.return_stats, bool) or self.return_stats == "entropy"
-        require(known, "return_stats", self.return_stats, "False, True or 'entropy'")
+        known = isinstance(self.return_stats, bool) or self.return_stats in ("entropy", "all")
+        require(known, "return_stats", self.return_stats, "False, True, 'entropy' or 'all'")
         _check_epsilon(self.label_smoothing)
         if isinstance(self.smoothing, Tensor):
             require(self.smoothing.dim() == 1, "smoothing", self.smoothing, "a prior of shape (K,)")
@@ -105,7 +106,7 @@ class LossSpec:
         for name in ("ignore_index", "class_dim"):
             value = getattr(self, name)
             require(isinstance(value, int) and not isinstance(value, bool), name, value, "an int")
-        for name in ("z_loss", "logit_scale"):
+        for name in ("z_loss", "confidence_penalty", "logit_scale"):
             value = getattr(self, name)
             require(_is_number(value) and -math.inf < value < math.inf, name, value, "a finite number")
         require(self.z_loss >= 0, "z_loss", self.z_loss, ">= 0")
@@ -141,7 +142,9 @@ class LossSpec:
     @property
     def n_stats(self) -> int:
         """How many floating-point statistics of a row are asked of a kernel."""
-        return 2 if self.return_stats == "entropy" else int(bool(self.return_stats))
+        if isinstance(self.return_stats, str):
+            return 2 if self.return_stats == "entropy" else 4
+        return int(self.return_stats)
 
     def features(self, *, index_target: bool) -> frozenset[str]:
         """What a backend must know how to do to serve these options, as words."""
@@ -152,6 +155,7 @@ class LossSpec:
             "smoothing prior": isinstance(self.smoothing, Tensor) and self.smooths,
             "smooth_over='finite'": self.smooth_over == "finite" and self.smooths,
             "z_loss": self.z_loss != 0.0,
+            "confidence_penalty": self.confidence_penalty != 0.0,
             "logit_scale": self.logit_scale != 1.0,
             "softcap": self.softcap is not None,
             "gradient of weight, label_smoothing or smoothing": (torch.is_grad_enabled() or transformed())

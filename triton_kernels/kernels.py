@@ -24,13 +24,16 @@ from .row_math import (
     Piece,
     dt,
     dz,
+    entropy,
     merge,
     merge_all,
     nothing,
+    numbered,
     piece,
     row_loss,
     slope,
     transform,
+    variance,
     weights,
     with_target,
 )
@@ -50,7 +53,7 @@ class Results(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What the gradient of a row needs to know of all of it; ``mass`` is M + 2·z_loss·lse."""
+    """What the gradient of a row needs to know of all of it; ``mass`` is M + 2·z_loss·lse + penalty·H."""
 
     live: Any
     factor: Any
@@ -95,7 +98,7 @@ def _sweep(p, line, begin, end, given, BLOCK: tl.constexpr, S: tl.constexpr):
 def _absorb(p, b, o, m_o, n, k_first, VEC: tl.constexpr, S: tl.constexpr):
     """The piece p with one more block of n classes merged in, the first of which is k_first."""
     r = piece(b, o, m_o, n, VEC, S)
-    return merge(p, Piece(r.m, r.s, r.h, r.n, r.rest, r.rest_d, r.soft, r.soft_d, r.plain, r.plain_d, r.k + k_first))
+    return merge(p, numbered(r, r.k + k_first))
 
 
 @triton.jit
@@ -123,7 +126,12 @@ def _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, other
     if S.SOFT or S.WEIGHT or S.PRIOR:
         mass = a * p.soft + b * p.rest
     logsum = tl.log(p.s)
-    loss = tl.where(line.valid, row_loss(p, logsum, mass, a, b, given.numbers.z_loss), float("nan"))
+    loss = row_loss(p, logsum, mass, a, b, given.numbers.z_loss)
+    if given.numbers.penalty is not None:
+        given_up = given.numbers.penalty * entropy(p, logsum)
+        loss -= given_up
+        mass += given_up
+    loss = tl.where(line.valid, loss, float("nan"))
     tl.store(out.loss + i_row, tl.where(line.live, loss, 0.0))
     o_field = tl.arange(0, 2)  # two by two: as four scalars they take half as many registers again on sm_80
     saved_ptr = out.saved + n_rows.to(tl.int64) * o_field + i_row
@@ -134,7 +142,10 @@ def _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, other
         tl.store(out.stats + i_row, tl.where(line.live, nll, 0.0))
         tl.store(out.prediction + i_row, tl.minimum(p.k, K - 1).to(tl.int64))  # NaNs have no maximum: stay inside
     if S.STATS > 1:
-        tl.store(out.stats + n_rows.to(tl.int64) + i_row, logsum - p.h / p.s)
+        tl.store(out.stats + n_rows.to(tl.int64) + i_row, entropy(p, logsum))
+    if S.STATS > 2:
+        tl.store(out.stats + n_rows.to(tl.int64) * 2 + i_row, variance(p))
+        tl.store(out.stats + n_rows.to(tl.int64) * 3 + i_row, p.e2 / (p.s * p.s))
     return _done(line, p.m, logsum, mass, a, b, i_row, given, scale_stride, S)
 
 
@@ -156,7 +167,7 @@ def _store_grad(ptr, b, mask, done, given, S: tl.constexpr):
     if S.OF_TARGET:
         b_grad = done.factor * dt(b, done, S)
     else:
-        b_grad = done.factor * dz(b, done, S)
+        b_grad = done.factor * dz(b, done, given.numbers.penalty, S)
         if given.numbers.softcap is not None:
             b_grad = b_grad * slope(b.z, given.numbers.softcap)
     tl.store(ptr, tl.where(done.live, b_grad, 0.0).to(ptr.dtype.element_ty), mask=mask)
@@ -213,7 +224,7 @@ def split_kernel(
     x_ptr, part_ptr, targets, numbers, n_units, n_splits, blocks_per_split, n_inner, K, x_lead, x_outer, x_inner,
     x_step, t_lead, t_outer, t_inner, t_step, eps_stride, ignore_index, BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """The piece of one of n_splits parts of a row into part (11, N, n_splits): one read of the logits, by more programs
+    """The piece of one of n_splits parts of a row into part (13, N, n_splits): one read of the logits, by more programs
     than there are rows. Part 0 takes the edges."""
     i_unit = tl.program_id(0).to(tl.int64)
     i_row = i_unit // n_splits
@@ -228,9 +239,9 @@ def split_kernel(
     end = tl.minimum(begin + blocks_per_split * BLOCK, tl.where(line.reads, line.n_main, 0))
     p = _sweep(p, line, begin, end, given, BLOCK, S)
     part_ptr += i_unit
-    for i_field in tl.static_range(10):
+    for i_field in tl.static_range(12):
         tl.store(part_ptr + n_units * i_field, p[i_field])
-    tl.store(part_ptr + n_units * 10, p.k.to(tl.float32, bitcast=True))
+    tl.store(part_ptr + n_units * 12, p.k.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -256,12 +267,13 @@ def merge_kernel(
     m_o = o < n_splits
     part_ptr += i_row * n_splits + o
     m = tl.load(part_ptr, mask=m_o, other=float("-inf"))
-    s, h, n = _part(part_ptr, n_units, 1, m_o), _part(part_ptr, n_units, 2, m_o), _part(part_ptr, n_units, 3, m_o)
-    rest, rest_d = _part(part_ptr, n_units, 4, m_o), _part(part_ptr, n_units, 5, m_o)
-    soft, soft_d = _part(part_ptr, n_units, 6, m_o), _part(part_ptr, n_units, 7, m_o)
-    plain, plain_d = _part(part_ptr, n_units, 8, m_o), _part(part_ptr, n_units, 9, m_o)
-    k = _part(part_ptr, n_units, 10, m_o).to(tl.int32, bitcast=True)
-    parts = Piece(m, s, h, n, rest, rest_d, soft, soft_d, plain, plain_d, k)
+    s, h, h2 = _part(part_ptr, n_units, 1, m_o), _part(part_ptr, n_units, 2, m_o), _part(part_ptr, n_units, 3, m_o)
+    e2, n = _part(part_ptr, n_units, 4, m_o), _part(part_ptr, n_units, 5, m_o)
+    rest, rest_d = _part(part_ptr, n_units, 6, m_o), _part(part_ptr, n_units, 7, m_o)
+    soft, soft_d = _part(part_ptr, n_units, 8, m_o), _part(part_ptr, n_units, 9, m_o)
+    plain, plain_d = _part(part_ptr, n_units, 10, m_o), _part(part_ptr, n_units, 11, m_o)
+    k = _part(part_ptr, n_units, 12, m_o).to(tl.int32, bitcast=True)
+    parts = Piece(m, s, h, h2, e2, n, rest, rest_d, soft, soft_d, plain, plain_d, k)
     p = merge_all(parts, m_o)
     _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
 

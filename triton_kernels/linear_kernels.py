@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .kernels import _Done
-from .row_math import Block, Piece, dz, merge, merge_all, nothing, piece, row_loss, weights, with_target
+from .row_math import Block, Piece, dz, merge, merge_all, nothing, numbered, piece, row_loss, weights, with_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +106,8 @@ def tile_kernel(
         end = tl.where(tl.max(y, 0) > -2, end, begin)  # all rows are ignored
     zero = tl.zeros_like(y).to(tl.float32)
     none = nothing()
-    p = Piece(zero + none.m, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero.to(tl.int32) + none.k)
+    z, k = zero, zero.to(tl.int32) + none.k
+    p = Piece(zero + none.m, z, z, z, z, z, z, z, z, z, z, z, k)
     z_y = zero
     o = tl.arange(0, T.classes)
     for i_tile in tl.range(begin, end, disable_licm=True):
@@ -119,8 +120,7 @@ def tile_kernel(
         if S.WEIGHT:
             b_r = tl.load(r_ptr + o_k, mask=o < n, other=0.0)[:, None]
         r = piece(Block(b_z, b_hit, b_r, 1.0), o[:, None], (o < n)[:, None], n, 1, S)
-        k = r.k + i_tile * T.classes
-        p = merge(p, Piece(r.m, r.s, r.h, r.n, r.rest, r.rest_d, r.soft, r.soft_d, r.plain, r.plain_d, k))
+        p = merge(p, numbered(r, r.k + i_tile * T.classes))
     fields = (p.m, p.s, p.rest, p.rest_d, z_y, p.k.to(tl.float32, bitcast=True))
     for i in tl.static_range(6):
         tl.store(part_ptr + (n_splits.to(tl.int64) * i + i_split) * N + o_row, fields[i], mask=o_row < N)
@@ -155,7 +155,7 @@ def join_kernel(
     rest_d, z_y = _field(part_ptr, 3, apart, o, m_o), tl.sum(_field(part_ptr, 4, apart, o, m_o), 0)
     k = _field(part_ptr, 5, apart, o, m_o).to(tl.int32, bitcast=True)
     zero = tl.zeros([SPLITS, ROWS], tl.float32)
-    p = merge_all(Piece(m, s, zero, zero, rest, rest_d, zero, zero, zero, zero, k), m_o)
+    p = merge_all(Piece(m, s, zero, zero, zero, zero, rest, rest_d, zero, zero, zero, zero, k), m_o)
     n = tl.zeros([ROWS], tl.float32) + (1.0 if S.PRIOR else K.to(tl.float32))
     a, b, w_y = _share(targets, o_row, y, n, eps, eps_step, others, m_row)
     p = with_target(p, z_y, w_y)
@@ -205,7 +205,7 @@ def _tile_dz(layer, saved_ptr, row_ptr, label, o_row, o_k, N, K, D, h_step, w_st
     zmax, logsum = _field(saved_ptr, 0, N, o_row, mask), _field(saved_ptr, 1, N, o_row, mask)
     mass, a = _field(row_ptr, 0, N, o_row, mask), _field(row_ptr, 1, N, o_row, mask)
     row = _Done(label > -2, 1.0, zmax, logsum, mass, a, 0.0)
-    b_dz = dz(Block(b_z, o_k[:, None] == label[None, :], 1.0, 1.0), row, S)
+    b_dz = dz(Block(b_z, o_k[:, None] == label[None, :], 1.0, 1.0), row, None, S)
     return tl.where((o_k < K)[:, None] & row.live[None, :], b_dz, 0.0)
 
 

@@ -26,6 +26,7 @@ class _Call(NamedTuple):
     others: bool
     finite: bool
     z_loss: float
+    confidence_penalty: float
     logit_scale: float
     softcap: float | None
 
@@ -53,7 +54,7 @@ class _Problem:
         target = soft.base if call.soft else call.target
         self.targets = Targets(target, call.weight, call.prior, call.eps_rows, call.row_scale)
         logit_scale = None if call.logit_scale == 1.0 else call.logit_scale
-        self.numbers = Numbers(call.eps, call.z_loss, logit_scale, call.softcap)
+        self.numbers = Numbers(call.eps, call.z_loss, call.confidence_penalty or None, logit_scale, call.softcap)
         n_inner = None if x.dim() == 2 else x.shape[1]
         self.layout = (n_inner, self.k, *self.x.layout, *(soft.layout if call.soft else (0, 0, 0, None)))
 
@@ -69,7 +70,8 @@ class _Problem:
     def structure(self, **more: bool) -> Structure:
         x, call = self.x, self.call
         given = (call.weight is not None, call.prior is not None, call.soft, call.finite)
-        return Structure(x.vec, x.edges, self.alike, self.t_alike, *given, self.n_stats, **more)
+        spread = self.n_stats > 1 or self.numbers.penalty is not None
+        return Structure(x.vec, x.edges, self.alike, self.t_alike, *given, self.n_stats, spread, **more)
 
 
 def _check(logits: Tensor, call: _Call) -> None:
@@ -113,7 +115,7 @@ def _run_split(plan: launch.Plan, problem: _Problem, results: Results) -> None:
     blocks_per_split = -(-k // (plan.block * plan.splits))
     n_splits = -(-k // (plan.block * blocks_per_split))
     n_units = n * n_splits
-    part = torch.empty((11, n, n_splits), dtype=torch.float32, device=problem.x.base.device)
+    part = torch.empty((13, n, n_splits), dtype=torch.float32, device=problem.x.base.device)
     pointers: tuple[Any, ...] = (problem.x.base, part, problem.targets, problem.numbers)
     sizes = (n_units, n_splits, blocks_per_split, *problem.layout, call.strides[0], call.ignore_index)
     launch.start(split_kernel, plan, n_units, (*pointers, *sizes), S=S)

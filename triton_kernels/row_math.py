@@ -32,7 +32,9 @@ class Structure(NamedTuple):
     """the target is a probability per class"""
     FINITE: bool
     STATS: int
-    """0, 1 (nll and prediction) or 2 (entropy too)"""
+    """0, 1 (nll and prediction), 2 (entropy too) or 4 (variance and Σ p² too)"""
+    SPREAD: bool = False
+    """Σ exp·(z - m) is asked for: by the entropy, or by a penalty"""
     OF_TARGET: bool = False
     """the gradient is that in the target"""
 
@@ -54,7 +56,10 @@ class Piece(NamedTuple):
     s: Any
     """Σ exp(z - m)"""
     h: Any
-    """Σ exp(z - m)·(z - m)"""
+    h2: Any
+    """Σ exp(z - m)·(z - m) and Σ exp(z - m)·(z - m)²"""
+    e2: Any
+    """Σ exp(z - m)²"""
     n: Any
     """Σ u·c; used with ``finite``"""
     rest: Any
@@ -141,7 +146,7 @@ def nothing():
     m = float("-inf")
     k = 1073741824
     zero = 0.0
-    return Piece(m, zero, zero, zero, zero, zero, zero, zero, zero, zero, k)
+    return Piece(m, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, k)
 
 
 @triton.jit
@@ -153,14 +158,18 @@ def _sums(b_weight, b_down):
 def piece(b, o, m_o, n, VEC: tl.constexpr, S: tl.constexpr):
     """The piece of one block of n classes, whose masked lanes hold -inf and weights of 0; k is a position of o."""
     p = nothing()
-    k, h, covered, soft, soft_d, plain, plain_d = p.k, p.h, p.n, p.soft, p.soft_d, p.plain, p.plain_d
+    k, h, h2, e2, covered = p.k, p.h, p.h2, p.e2, p.n
+    soft, soft_d, plain, plain_d = p.soft, p.soft_d, p.plain, p.plain_d
     m = tl.max(b.z, 0)
     b_exp = exp_shifted(b.z, m)
     b_down = tl.where(m_o, b.z - reference_point(m), 0.0)
     if S.STATS > 0:
         k = first_index(b.z, m, o, m_o, VEC)
-    if S.STATS > 1:
-        h = tl.sum(term(b_exp, b_down), 0)
+    if S.SPREAD:
+        b_h = term(b_exp, b_down)
+        h = tl.sum(b_h, 0)
+        if S.STATS > 2:
+            h2, e2 = tl.sum(term(b_h, b_down), 0), tl.sum(b_exp * b_exp, 0)
     if S.WEIGHT or S.PRIOR or S.FINITE:
         rest, rest_d = _sums(b.w * spread(b, S), b_down)
         if S.FINITE:
@@ -171,7 +180,7 @@ def piece(b, o, m_o, n, VEC: tl.constexpr, S: tl.constexpr):
         soft, soft_d = _sums(b.w * b.t, b_down)
         if S.STATS > 0:
             plain, plain_d = _sums(b.t, b_down)
-    return Piece(m, tl.sum(b_exp, 0), h, covered, rest, rest_d, soft, soft_d, plain, plain_d, k)
+    return Piece(m, tl.sum(b_exp, 0), h, h2, e2, covered, rest, rest_d, soft, soft_d, plain, plain_d, k)
 
 
 @triton.jit
@@ -180,10 +189,18 @@ def rescaled(p, m):
     empty piece has p.m = -inf, and 0·(-inf) is NaN: hence ``term``."""
     down = p.m - reference_point(m)
     factor = exp_shifted(p.m, m)
-    h = (p.h + term(p.s, down)) * factor
+    s, h, e2 = p.s * factor, (p.h + term(p.s, down)) * factor, p.e2 * factor * factor
+    h2 = (p.h2 + term(2.0 * p.h + term(p.s, down), down)) * factor
     rest_d, soft_d, plain_d = p.rest_d + term(p.rest, down), p.soft_d + term(p.soft, down), p.plain_d
     plain_d += term(p.plain, down)
-    return Piece(p.m, p.s * factor, h, p.n, p.rest, rest_d, p.soft, soft_d, p.plain, plain_d, p.k)
+    return Piece(p.m, s, h, h2, e2, p.n, p.rest, rest_d, p.soft, soft_d, p.plain, plain_d, p.k)
+
+
+@triton.jit
+def numbered(p, k):
+    """A piece whose class of the maximum has this number."""
+    rest, rest_d, soft, soft_d = p.rest, p.rest_d, p.soft, p.soft_d
+    return Piece(p.m, p.s, p.h, p.h2, p.e2, p.n, rest, rest_d, soft, soft_d, p.plain, p.plain_d, k)
 
 
 @triton.jit
@@ -194,8 +211,9 @@ def merge(p, r):
     p = rescaled(p, m)
     r = rescaled(r, m)
     rest, rest_d, soft, soft_d = p.rest + r.rest, p.rest_d + r.rest_d, p.soft + r.soft, p.soft_d + r.soft_d
+    h, h2, e2 = p.h + r.h, p.h2 + r.h2, p.e2 + r.e2
     return Piece(
-        m, p.s + r.s, p.h + r.h, p.n + r.n, rest, rest_d, soft, soft_d, p.plain + r.plain, p.plain_d + r.plain_d, k
+        m, p.s + r.s, h, h2, e2, p.n + r.n, rest, rest_d, soft, soft_d, p.plain + r.plain, p.plain_d + r.plain_d, k
     )
 
 
@@ -204,9 +222,10 @@ def merge_all(b, m_b):
     """A block of pieces together."""
     m = tl.max(b.m, 0)
     r = rescaled(b, m)
-    s, h, n, rest, rest_d = tl.sum(r.s, 0), tl.sum(r.h, 0), tl.sum(r.n, 0), tl.sum(r.rest, 0), tl.sum(r.rest_d, 0)
+    s, h, h2, e2, n = tl.sum(r.s, 0), tl.sum(r.h, 0), tl.sum(r.h2, 0), tl.sum(r.e2, 0), tl.sum(r.n, 0)
+    rest, rest_d = tl.sum(r.rest, 0), tl.sum(r.rest_d, 0)
     soft, soft_d, plain, plain_d = tl.sum(r.soft, 0), tl.sum(r.soft_d, 0), tl.sum(r.plain, 0), tl.sum(r.plain_d, 0)
-    return Piece(m, s, h, n, rest, rest_d, soft, soft_d, plain, plain_d, first_index(b.m, m, b.k, m_b, 1))
+    return Piece(m, s, h, h2, e2, n, rest, rest_d, soft, soft_d, plain, plain_d, first_index(b.m, m, b.k, m_b, 1))
 
 
 @triton.jit
@@ -221,7 +240,7 @@ def first_index(b_z, m, o, m_z, VEC: tl.constexpr):
 def with_target(p, z_y, w_y):
     """A whole row with the sums over its index target, whose logit and weight these are."""
     down = z_y - p.m
-    return Piece(p.m, p.s, p.h, p.n, p.rest, p.rest_d, w_y, term(w_y, down), 1.0, down, p.k)
+    return Piece(p.m, p.s, p.h, p.h2, p.e2, p.n, p.rest, p.rest_d, w_y, term(w_y, down), 1.0, down, p.k)
 
 
 @triton.jit
@@ -232,10 +251,28 @@ def row_loss(p, logsum, mass, a, b, z_loss):
 
 
 @triton.jit
-def dz(b, row, S: tl.constexpr):
-    """(M + 2·z_loss·lse)·p - q, the first factor being row.mass. A row of all -inf has no p: its zmax is used as it is,
-    so that every entry becomes NaN."""
-    return row.mass * tl.exp((b.z - row.zmax) - row.logsum) - target_weights(b, row.a, row.b, S)
+def entropy(p, logsum):
+    """-Σ exp·log p of a whole row."""
+    return logsum - p.h / p.s
+
+
+@triton.jit
+def variance(p):
+    """Σ p·z² - (Σ p·z)²; the class of the maximum alone makes it at least mean²/K about the maximum."""
+    mean = p.h / p.s
+    found = p.h2 / p.s - mean * mean
+    return tl.where(found < 0.0, 0.0, found)
+
+
+@triton.jit
+def dz(b, row, penalty, S: tl.constexpr):
+    """(M + 2·z_loss·lse + penalty·(H + log p))·p - q, without penalty·log p the first factor being row.mass. A row of
+    all -inf has no p: its zmax is used as it is, so that every entry becomes NaN."""
+    b_log = (b.z - row.zmax) - row.logsum
+    b_mass = row.mass
+    if penalty is not None:
+        b_mass += penalty * tl.where(b_log < -1e4, -1e4, b_log)  # finite where p is 0
+    return b_mass * tl.exp(b_log) - target_weights(b, row.a, row.b, S)
 
 
 @triton.jit

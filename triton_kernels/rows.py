@@ -83,6 +83,8 @@ class Targets(NamedTuple):
 class Numbers(NamedTuple):
     eps: float
     z_loss: float
+    penalty: float | None
+    """the confidence penalty"""
     logit_scale: float | None
     """None for 1"""
     softcap: float | None

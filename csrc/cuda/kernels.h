@@ -73,7 +73,7 @@ struct Team {
       int64_t best;
     };
     const Plain p = exchange(Plain{s.max, s.sum, s.rest, s.best}, mask);
-    return {p.max, p.sum, 0, p.rest, {0, 0}, {0, 0}, 0, p.best};
+    return {p.max, p.sum, {0, 0, 0}, p.rest, {0, 0}, {0, 0}, 0, p.best};
   }
 };
 

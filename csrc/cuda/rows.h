@@ -265,7 +265,12 @@ class Sums {
     LSK_LANES(j) {
       const V dev = z[j] - shift, e = exp(dev);
       sum += e;
-      s.spread += weighted(e, dev);
+      const V de = weighted(e, dev);
+      s.spread.first += de;
+      if (call.variance) {
+        s.spread.second += weighted(de, dev);
+        s.spread.square += e * e;
+      }
       count(s.rest, call.finite && z[j] == -V(INFINITY) ? V(0) : rest.v[j], dev);
     }
     add_exact(sum);
@@ -322,7 +327,9 @@ struct Rule {
     const uint64_t hot = static_cast<uint64_t>(y - k);  // one comparison for most vectors; huge where y < k
     if (hot < N) LSK_LANES(j) q.v[j] += j == int(hot) ? a_y : V(0);
     LSK_LANES(j) {
-      g.v[j] = zero ? V(0) : factor * dz(mass, exp(log_p(z[j], V(1), zmax, logsum)), q.v[j]) * given.slope(x.v[j]);
+      const V logp = log_p(z[j], V(1), zmax, logsum), p = exp(logp);
+      const V d = kGeneral && call.penalty != 0 ? dz(mass, surprise(logp), p, q.v[j]) : dz(mass, p, q.v[j]);
+      g.v[j] = zero ? V(0) : factor * d * given.slope(x.v[j]);
       if (kGeneral && call.grad_of_target) {
         const V down = q.v[j] == 0 && z[j] == -V(INFINITY) ? V(0) : z[j] - zmax;
         g.v[j] = factor * a * w.v[j] * (logsum - down);
@@ -330,6 +337,9 @@ struct Rule {
     }
     return g;
   }
+
+ private:
+  __device__ V surprise(V logp) const { return static_cast<V>(given.call.penalty) * (logp < -V(1e4) ? -V(1e4) : logp); }
 };
 
 // Where the gradient of a row goes.
