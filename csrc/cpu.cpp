@@ -71,6 +71,7 @@ void add_split_(Tensor& high, Tensor& low, const Tensor& x, bool last) {
 TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) {
   implement<Cpu>(m, "cpu");
   m.impl("cpu_add_split_", &add_split_);
+  m.impl("cpu_fresh_like", &Cpu::fresh_like);
 }
 
 }  // namespace lsk

@@ -2,7 +2,7 @@
 // work on blocks in the dtype of the arithmetic that stay in the first-level cache; gather and scatter convert.
 #pragma once
 
-#include "cpu_rows.h"
+#include "cpu_distill.h"
 
 namespace lsk {
 namespace {
@@ -105,12 +105,6 @@ void convert(void* tensor, const Tile& tile, void* rows, int64_t pitch) {
       }
     }
   }
-}
-
-// f(k, count) for each group of n elements.
-template <class T, class F>
-LSK_INLINE void for_groups(int64_t n, const F& f) {
-  for (int64_t k = 0; k < n; k += kGroup<T>) f(k, n - k < kGroup<T> ? n - k : kGroup<T>);
 }
 
 // With e = exp(-2|v|), tanh |v| = (1 - e)/(1 + e), whose numerator keeps its digits near 0, and its slope 4e/(1 + e)².
@@ -331,9 +325,11 @@ constexpr BlockKernels block_kernels() {
   return {transform<T>, sum<T>, spread<T>, mix<T>, target_gradient<T>, multiply<T>};
 }
 
-constexpr Kernels kTable = {{row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},
-                            {block_kernels<float>(), block_kernels<double>()},
-                            add_split};
+constexpr Kernels kTable = {
+    {row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},
+    {pair_kernels<Half>(), pair_kernels<BFloat16>(), pair_kernels<float>(), pair_kernels<double>()},
+    {block_kernels<float>(), block_kernels<double>()},
+    add_split};
 
 }  // namespace
 }  // namespace lsk

@@ -8,8 +8,8 @@
 
 namespace lsk {
 
-// A row's gradient is factor·((mass + penalty·log p)·p - q): p from (zmax, logsum) and z = scale·x, q = q_target at class
-// `target` and q_rest elsewhere.
+// A row's gradient is factor·((mass + penalty·log p)·p - q): p from (zmax, logsum) and z = scale·x, q = q_target at
+// class `target` and q_rest elsewhere.
 struct GradientRow {
   double scale, zmax, logsum, mass, q_target, q_rest, factor, penalty;
 };
@@ -58,8 +58,24 @@ struct BlockKernels {
   void (*multiply)(const void* x, const void* y, void* product, int64_t n);
 };
 
+// A row's gradient is soft·(p_T - t_T) + hard·(mass·p - q), with p_T and t_T the student's and the teacher's
+// probabilities at temperature 1/cold: from (zmax, warm) and (teacher_max, given). A hard of 0 leaves its part out, a
+// target of -1 none.
+struct PairRow {
+  double cold, zmax, logsum, warm, teacher_max, given, soft, hard, mass, q_target, q_rest;
+  int64_t target;
+};
+
+// Kernels on n adjacent logits of a student and as many of a teacher, in the tensors' dtype. The prior, in the dtype of
+// the arithmetic, may be null: ones.
+struct PairKernels {
+  Pair<double> (*stats)(const void* x, const void* t, const void* prior, int64_t n, double cold, bool hard);
+  void (*gradient)(const void* x, const void* t, const void* prior, void* g, int64_t n, const PairRow& row);
+};
+
 struct Kernels {
   RowKernels rows[kDtypes];
+  PairKernels pairs[kDtypes];
   BlockKernels blocks[2];  // float, double
   // high, low += x, where x is bfloat16, `high` the upper half of a float and `low` the byte below it, which `last`
   // rounds into `high`
@@ -77,7 +93,8 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 #endif
 
-// The instruction set that this process uses: "avx512", "avx2" or "portable".
+// The instruction set that this process uses, "avx512", "avx2" or "portable", and its kernels.
 const char* cpu_capability();
+const Kernels& cpu_kernels();
 
 }  // namespace lsk

@@ -263,7 +263,8 @@ void Worker::row_target_gradient(const Piece& p, int64_t r, char* g) {
   const char* z = transformed(p, r);
   const Weights<double> w = call_.row_weights(row, call_.count[row]);
   mix(p, r, z, w);
-  blocks_.target_gradient(z, q_, g, p.n, {scale_, call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a, 0});
+  blocks_.target_gradient(z, q_, g, p.n,
+                          {scale_, call_.zmax[row], call_.logsum[row], 0, 0, 0, call_.scale[row] * w.a, 0});
   if (call_.weight) blocks_.multiply(g, call_.weight.at(p.begin), g, p.n);
 }
 
@@ -288,6 +289,7 @@ void for_pieces(const Plan& plan, const F& f) {
 }  // namespace
 
 const char* cpu_capability() { return instruction_set().name; }
+const Kernels& cpu_kernels() { return *instruction_set().kernels; }
 
 void run_forward(const Call& call) {
   const Plan plan(call);

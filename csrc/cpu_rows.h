@@ -10,6 +10,12 @@
 namespace lsk {
 namespace {
 
+// f(k, count) for each group of n elements.
+template <class T, class F>
+LSK_INLINE void for_groups(int64_t n, const F& f) {
+  for (int64_t k = 0; k < n; k += kGroup<T>) f(k, n - k < kGroup<T> ? n - k : kGroup<T>);
+}
+
 // A factor of 1 that the compiler knows: the same bits as a vector of ones, without its register and its products.
 struct One {
   template <class V>

@@ -57,8 +57,9 @@ struct Spread {
 // A piece of a row, with shift = origin(max).
 template <class V>
 struct Stats {
-  V max, sum;              // max z, Σ exp(z - shift)
-  Spread<V> spread;  Moments<V> rest, wt, t;  // of r, w·t and t
+  V max, sum;  // max z, Σ exp(z - shift)
+  Spread<V> spread;
+  Moments<V> rest, wt, t;  // of r, w·t and t
   V cover;                 // Σ u·c
   int64_t best;            // first class with z = max
 };
@@ -142,6 +143,42 @@ LSK_INLINE V entropy(V logsum, const Stats<V>& s) {
 template <class V>
 LSK_INLINE V variance(const Stats<V>& s) {
   const V mean = s.spread.first / s.sum, found = s.spread.second / s.sum - mean * mean;
+  return found < 0 ? V(0) : found;
+}
+
+// Two rows of the same classes, a student's z and a teacher's t, at the temperature 1/cold.
+template <class V>
+struct Pair {
+  Stats<V> student;                   // at temperature 1
+  V warm, teacher_max, given, cross;  // Σ exp(cold·(z - max)); max t, Σ exp(cold·(t - max)) and that times the next
+};  // difference, cold·((t - max t) - (z - max z))
+
+template <class V>
+LSK_INLINE Pair<V> no_pair() {
+  return {no_stats<V>(), 0, -V(INFINITY), 0, 0};
+}
+
+template <class V>
+LSK_INLINE Pair<V> pair_from(const Pair<V>& p, V max, V teacher_max, V cold) {
+  const V by = cold * (origin(p.student.max) - origin(max)),
+          by_t = cold * (origin(p.teacher_max) - origin(teacher_max));
+  const V top_t = cold * p.teacher_max, new_t = cold * teacher_max;
+  return {p.student, rescale(p.warm, cold * p.student.max, cold * max), teacher_max, rescale(p.given, top_t, new_t),
+          rescale(p.cross + p.given * (by_t - by), top_t, new_t)};
+}
+
+template <class V>
+LSK_INLINE Pair<V> merge(const Pair<V>& p, const Pair<V>& q, V cold) {
+  const Stats<V> student = merge(p.student, q.student);
+  const V top_t = p.teacher_max < q.teacher_max ? q.teacher_max : p.teacher_max;
+  const Pair<V> x = pair_from(p, student.max, top_t, cold), y = pair_from(q, student.max, top_t, cold);
+  return {student, x.warm + y.warm, top_t, x.given + y.given, x.cross + y.cross};
+}
+
+// Σ p_t·(log p_t - log p) at the temperature; rounding may leave a little below 0.
+template <class V>
+LSK_INLINE V divergence(const Pair<V>& p) {
+  const V found = p.cross / p.given - (log(p.given) - log(p.warm));
   return found < 0 ? V(0) : found;
 }
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EVERY_OPTION = frozenset(
     {
         "index target", "probability target", "weight", "smoothing prior", "smooth_over='finite'", "z_loss",
-        "confidence_penalty", "logit_scale", "softcap",
+        "confidence_penalty", "logit_scale", "softcap", "distillation",
     }
 )  # fmt: skip
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
@@ -125,14 +125,16 @@ def _load_triton() -> str | None:
         if oldest < (8, 0):
             return f"a GPU here has compute capability {oldest[0]}.{oldest[1]}: the kernels are checked from 8.0 on"
     try:
-        logits, linear = (
-            importlib.import_module(f"labelsmooth_kernels.triton_kernels.{name}") for name in ("logits", "linear")
+        logits, linear, pairs = (
+            importlib.import_module(f"labelsmooth_kernels.triton_kernels.{name}")
+            for name in ("logits", "linear", "distill")
         )
     except ImportError as error:
         return f"the Triton kernels do not import: {error} (run from a source tree that is not installed?)"
     for key in ("CPU", "CUDA") if interpreted else ("CUDA",):
         ops.implement("triton", key, logits)
         ops.implement_tiled(key, linear)
+        ops.LIBRARY.impl("triton_distill", pairs.distill, key)
     return None
 
 
@@ -157,7 +159,15 @@ BACKENDS = {
             ops.define("triton"),
         ),
         # Behind Triton, which runs where both do: unmeasured, and to be settled on a GPU. It also serves float64.
-        Backend("cuda", "CUDA C++ kernels", ("cuda",), FLOAT_DTYPES, EVERY_OPTION, _load_cuda, ops.define("cuda")),
+        Backend(
+            "cuda",
+            "CUDA C++ kernels",
+            ("cuda",),
+            FLOAT_DTYPES,
+            EVERY_OPTION - {"distillation"},
+            _load_cuda,
+            ops.define("cuda"),
+        ),
         Backend(
             "reference", "plain PyTorch", ("cpu", "cuda", "mps", "xpu", "meta"), FLOAT_DTYPES, None, lambda: None, None
         ),
@@ -202,12 +212,13 @@ def _choose_name(device: str, dtype: torch.dtype, features: frozenset[str], name
     return _choose(device, dtype, features, named)
 
 
-def select(rows: Rows) -> Backend:
-    """The best backend that can serve a call, or the one it names; where that cannot, an error that says why.
+def select(rows: Rows, more: frozenset[str] = frozenset()) -> Backend:
+    """The best backend that can serve a call, which may ask for ``more`` than the features of its spec, or the one it
+    names; where that cannot, an error that says why.
 
     A fall from a fast backend to the reference warns once, with the reason.
     """
-    features = rows.spec.features(index_target=rows.index_target)
+    features = rows.spec.features(index_target=rows.index_target) | more
     name: str = _choose_name(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)
     return BACKENDS[name]
 

@@ -203,7 +203,9 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
         brier = stats.collision.reshape(-1) - 2 * (-nll).exp() + 1
     scores = torch.stack([torch.where(counted, score, 0.0).double().sum() for score in (nll, brier)])
     scores = torch.where(confidence.isnan().logical_and(counted).any(), math.nan, scores)
-    return Calibration(scores, *(sums.new_zeros(3, n).index_add_(1, i, sums) for n, i in ((bins, width), (_CELLS, cell))))
+    return Calibration(
+        scores, *(sums.new_zeros(3, n).index_add_(1, i, sums) for n, i in ((bins, width), (_CELLS, cell)))
+    )
 
 
 def evaluate(
@@ -226,16 +228,16 @@ def evaluate(
     """
     total = None
     for x, y in _batches(input, target):
-        found = collect(_statistics(x, y, linear_weight, ignore_index, options), y, bins=bins, ignore_index=ignore_index)
+        found = collect(
+            _statistics(x, y, linear_weight, ignore_index, options), y, bins=bins, ignore_index=ignore_index
+        )
         total = found if total is None else total + found
     require(total is not None, "input", input, "at least one batch")
     assert total is not None
     return total
 
 
-def _batches(
-    input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     inputs = (input,) if isinstance(input, Tensor) else input
     targets = (target,) if isinstance(target, Tensor) else target
     if len(inputs) != len(targets):
@@ -305,7 +307,11 @@ def fit_temperature(
         wanted = beta * min(max(1 - slope / variance, 1 / 4), 4) if variance > 0 else 4 * beta
         beta = wanted if low < wanted < high else math.sqrt(low * high)
         if not _LEAST <= 1 / beta <= 1 / _LEAST or nll == 0:
-            why = "every row is right, and surer still at T -> 0" if slope <= 0 else "the targets are no likelier at any T"
+            why = (
+                "every row is right, and surer still at T -> 0"
+                if slope <= 0
+                else "the targets are no likelier at any T"
+            )
             raise ArgumentError(f"input must have logits that some temperature suits best: {why}")
     raise ArgumentError(f"max_steps must suffice to find T within {tolerance}, got {max_steps}, at T = {1 / beta}")
 
@@ -331,9 +337,7 @@ def _at_scale(
     return tuple(sum(sums).tolist()), sum(found[1:], found[0])
 
 
-def plot_reliability(
-    calibrations: Mapping[str, Calibration], path: str | None = None, *, scheme: str = "width"
-) -> Any:
+def plot_reliability(calibrations: Mapping[str, Calibration], path: str | None = None, *, scheme: str = "width") -> Any:
     """Reliability diagrams side by side, accuracy over confidence with the diagonal and how many rows each bin holds;
     written to ``path`` where one is given. Returns the figure. Needs matplotlib (``pip install
     labelsmooth_kernels[plot]``)."""
@@ -350,7 +354,9 @@ def plot_reliability(
         above.plot((0, 1), (0, 1), color="0.6", linewidth=1, zorder=1)
         above.bar(lower, found.accuracy.nan_to_num(), width, align="edge", color="#3b6fb6", edgecolor="white", zorder=2)
         above.plot(found.confidence, found.confidence, ".", color="#c4501b", markersize=4, zorder=3, label="confidence")
-        above.set_title(f"{name}\nECE {calibration.calibration_error(scheme):.2%}, NLL {calibration.nll:.3f}", fontsize=10)
+        above.set_title(
+            f"{name}\nECE {calibration.calibration_error(scheme):.2%}, NLL {calibration.nll:.3f}", fontsize=10
+        )
         below.bar(lower, found.rows / found.rows.sum(), width, align="edge", color="0.7", edgecolor="white")
         below.set_xlabel("confidence")
         above.set(xlim=(0, 1), ylim=(0, 1))

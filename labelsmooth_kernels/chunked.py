@@ -117,10 +117,14 @@ def dense_target(
     if soft.indices is not None:
         zeros = target.new_zeros(len(target), classes, dtype=acc) if out is None else out.zero_()
         return zeros.scatter_add_(1, soft.indices, target.to(acc))
+    return torch.softmax(teacher_logits(target, soft, dtype, buffer), -1, acc, out=out)
+
+
+def teacher_logits(hidden: Tensor, soft: Soft, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
+    """teacher_scale·(hidden·teacher_weightᵀ + teacher_bias) in ``dtype``, in ``buffer`` where one is given."""
     assert soft.teacher_weight is not None
     bias = None if soft.teacher_bias is None else soft.teacher_bias.to(dtype)
-    logits = _product(target.to(dtype), soft.teacher_weight.to(dtype), bias, buffer)
-    return torch.softmax(logits.mul_(soft.teacher_scale), -1, acc, out=out)
+    return _product(hidden.to(dtype), soft.teacher_weight.to(dtype), bias, buffer).mul_(soft.teacher_scale)
 
 
 class _Problem:

@@ -46,6 +46,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .spec import accumulate_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -68,6 +70,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # (high, low) += x in bfloat16: high is the upper half of a float32 and low the byte below it, 24 bits; ``last`` rounds
 # the sum into high. The C++ extension has it, for sums of many bfloat16 products in little more than their own memory.
 LIBRARY.define("cpu_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor x, bool last) -> ()")
+# empty_like in large pages, where the C++ extension is.
+LIBRARY.define("cpu_fresh_like(Tensor x) -> Tensor")
 
 
 class RowCall(NamedTuple):
@@ -109,7 +113,7 @@ class Kernels(NamedTuple):
 
 def row_fakes(logits: Tensor, n_stats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = math.prod(logits.shape[:-1])  # Size.numel would make a symbolic size a constant
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    acc = accumulate_dtype(logits.dtype)
     loss, saved, stats = (logits.new_empty(shape, dtype=acc) for shape in ((n,), (4, n), (n_stats, n)))
     return loss, saved, stats, logits.new_empty(n if n_stats else 0, dtype=torch.int64)
 
@@ -194,3 +198,25 @@ def implement_tiled(key: str, kernels: object) -> None:
     """Register ``forward`` and ``backward`` of ``kernels`` (a module) as the tiled operators."""
     for name in TILED_SCHEMAS:
         LIBRARY.impl(f"tiled_{name}", getattr(kernels, name), key)
+
+
+# ---- distillation: the logits of a student beside those of a teacher
+
+# (2, N) acc: KL(softmax(teacher/T) ‖ softmax(student/T)) of every row, T the temperature, and its smoothed cross-entropy
+# with q of the module's head (0 where alpha is 1); an ignored row has zeros. Student and teacher are (N, K) of one dtype
+# with adjacent classes. ``grad``, another such, is overwritten with row_scale·(alpha·T·(p_T - t_T) + (1 - alpha)·(M·p -
+# q)), the gradient in the student of row_scale·(alpha·T²·KL + (1 - alpha)·loss), where it is given.
+DISTILL_SCHEMA = (
+    "(Tensor student, Tensor teacher, Tensor target, Tensor? prior, float eps, Tensor? eps_rows, Tensor? row_scale, "
+    "int ignore_index, bool others, float alpha, float temperature, Tensor(a!)? grad) -> Tensor terms"
+)
+
+
+def _fake_distill(student: Tensor, *call: object) -> Tensor:
+    return student.new_empty((2, student.shape[0]), dtype=accumulate_dtype(student.dtype))
+
+
+for _backend in ("cpu", "triton"):
+    LIBRARY.define(f"{_backend}_distill{DISTILL_SCHEMA}")
+    torch.library.register_fake(f"{NAMESPACE}::{_backend}_distill", _fake_distill, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::cpu_fresh_like", torch.empty_like, lib=LIBRARY)

@@ -251,6 +251,19 @@ def row_stats(rows: Rows) -> RowStats:
     return RowStats(nll, zmax + logsum, (-logsum).exp(), z.argmax(-1), *more[: rows.spec.n_stats - 1])
 
 
+def distillation_terms(rows: Rows, teacher: Tensor, temperature: float) -> Tensor:
+    """(2, N): KL(softmax(teacher/T) ‖ softmax(z/T)) and the loss of every row; 0 in an ignored one."""
+    rows = rows.flat()
+    z = transform(_valid_logits(rows), rows.spec)
+    q = target_weights(rows, z, unsmoothed_targets(rows, z))
+    t = torch.where(rows.valid[:, None], teacher.to(z.dtype), 0.0) / temperature
+    log_t = t - t.logsumexp(-1, keepdim=True)
+    log_p = z / temperature - (z / temperature).logsumexp(-1, keepdim=True)
+    p_t = log_t.exp()
+    divergence = (p_t * torch.where(p_t == 0, 0.0, log_t - log_p)).sum(-1)
+    return torch.where(rows.valid, torch.stack((divergence, row_loss(z, q)[0])), 0.0)
+
+
 def normalizer(rows: Rows) -> Tensor:
     """The denominator of reduction="mean": Σ over the valid rows of row weight × class weight of the target; for class
     probabilities, Σ of row weights (the number of rows where there are none), as PyTorch has it."""

@@ -64,7 +64,7 @@ class _Done(NamedTuple):
     b: Any
 
 
-def _kernel(fn: Callable[..., None]) -> Any:
+def compiled_per_structure(fn: Callable[..., None]) -> Any:
     """Compile per structure only: no number that a kernel is given, such as N or ε, makes it compile again."""
     numbers = (p for p in inspect.signature(fn).parameters.values() if p.annotation is p.empty)
     return triton.jit(fn, do_not_specialize=[p.name for p in numbers if not p.name.endswith("_ptr")])
@@ -180,7 +180,7 @@ def _store_edges(g_row, g_step, line, K, done, given, S: tl.constexpr):
     _store_grad(at(g_row, k_edge, g_step), b_edge, m_edge, done, given, S)
 
 
-@_kernel
+@compiled_per_structure
 def row_kernel(
     x_ptr, grad_ptr, targets, out, numbers, n_rows, n_inner, K, x_lead, x_outer, x_inner, x_step,
     t_lead, t_outer, t_inner, t_step, g_lead, g_outer, g_inner, g_step, eps_stride, scale_stride, ignore_index, others,
@@ -219,7 +219,7 @@ def row_kernel(
                 _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
 
 
-@_kernel
+@compiled_per_structure
 def split_kernel(
     x_ptr, part_ptr, targets, numbers, n_units, n_splits, blocks_per_split, n_inner, K, x_lead, x_outer, x_inner,
     x_step, t_lead, t_outer, t_inner, t_step, eps_stride, ignore_index, BLOCK: tl.constexpr, S: tl.constexpr,
@@ -249,7 +249,7 @@ def _part(part_ptr, n_units, i_field, m_o):
     return tl.load(part_ptr + n_units * i_field, mask=m_o, other=0.0)
 
 
-@_kernel
+@compiled_per_structure
 def merge_kernel(
     x_ptr, part_ptr, targets, out, numbers, n_units, n_splits, n_rows, n_inner, K, x_lead, x_outer, x_inner, x_step,
     t_lead, t_outer, t_inner, t_step, eps_stride, scale_stride, ignore_index, others,
@@ -278,7 +278,7 @@ def merge_kernel(
     _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
 
 
-@_kernel
+@compiled_per_structure
 def grad_kernel(
     x_ptr, grad_ptr, targets, saved_ptr, numbers, n_units, n_chunks, n_rows, n_inner, K, x_lead, x_outer, x_inner,
     x_step, t_lead, t_outer, t_inner, t_step, g_lead, g_outer, g_inner, g_step, eps_stride, scale_stride, ignore_index,
@@ -314,7 +314,7 @@ def _scale_block(ptr, mask, scale):
     tl.store(ptr, b_grad.to(ptr.dtype.element_ty), mask=mask)
 
 
-@_kernel
+@compiled_per_structure
 def scale_kernel(
     grad_ptr, scale_ptr, n_units, n_chunks, n_inner, K, g_lead, g_outer, g_inner, g_step,
     BLOCK: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,

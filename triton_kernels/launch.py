@@ -70,6 +70,7 @@ _SWEEP = {2: (4096, 16, 3, None), 4: (2048, 8, 5, 48)}
 _SWEEP_WITH_OPTIONS = {2: (2048, 8, 6, None), 4: (512, 4, 4, 128)}
 # bytes: block, warps, programs per SM
 _CHUNK = {2: (4096, 8, 8), 4: (4096, 8, 8)}  # gradient and scale: no reduction, so small blocks and a full SM
+_DISTILL = {2: (2048, 8, 4), 4: (2048, 8, 4)}  # two rows at a time, six sums
 _INTERPRETER = Machine((0, 0), sms=2)  # two programs: a persistent loop is really one
 _forced: dict[str, Any] = {}
 
@@ -145,6 +146,16 @@ def _unsplit(machine: Machine, k: int, itemsize: int, with_grad: bool, alike: bo
 
 def merge_plan(n_splits: int) -> Plan:
     return Plan("merge", triton.next_power_of_2(n_splits), 4)
+
+
+def distill_plan(tensor: Tensor, k: int) -> Plan:
+    """Whole rows of two tensors of k elements a row."""
+    machine = machine_of(tensor)
+    if machine == _INTERPRETER:
+        return Plan("sweep", _eighth(k), 4, programs=machine.sms)
+    block, warps, per_sm = _DISTILL[tensor.element_size()]
+    block = min(block, max(128, triton.next_power_of_2(k)))
+    return Plan("sweep", block, warps, programs=machine.sms * per_sm)
 
 
 def chunk_plan(tensor: Tensor, k: int) -> Plan:

@@ -1,0 +1,344 @@
+"""Learning from a teacher: its distribution at a temperature and the smoothed loss of the targets, in one pass.
+
+One row, student logits z, teacher logits t, temperature T, p_T = softmax(z/T), t_T = softmax(t/T):
+
+    KL   = Σ t_T·(log t_T - log p_T)                     loss = alpha·T²·KL + (1 - alpha)·CE
+    dz   = alpha·T·(p_T - t_T) + (1 - alpha)·(M·p - q)
+
+with CE, p and q those of :mod:`labelsmooth_kernels.reference`. The factor T² keeps the gradient's size when T changes
+(Hinton et al. 2015). One pass: student and teacher are read once and the gradient is written once, where the same of
+F.kl_div, F.softmax, F.log_softmax and F.cross_entropy holds and moves a dozen tensors of that size. The forward makes
+the gradient; with ``reduction="none"`` and in fp16, where the upstream must multiply before a rounding, the backward
+makes it, from another pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, reference
+from .autograd import graph_is_kept, row_arguments, row_scale
+from .chunked import Soft, rows_per_chunk, teacher_logits
+from .functional import check_same_device, check_targets, denominator, prepare, reduce
+from .linear import Teacher
+from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, require, transformed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Probabilities(NamedTuple):
+    """A teacher given by class probabilities of the shape of the logits; at a temperature T they are sharpened to
+    p^(1/T)/Σ p^(1/T)."""
+
+    values: Tensor
+
+
+class DistillationTerms(NamedTuple):
+    """What a row's loss is made of, float32 (float64 for float64 logits), detached; 0 in an ignored row."""
+
+    divergence: Tensor
+    """KL(teacher ‖ student) at the temperature, not multiplied by T²"""
+    loss: Tensor
+    """the smoothed cross-entropy; 0 where alpha is 1"""
+
+
+def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
+    """p^(1/T) / Σ p^(1/T): sharper for T < 1, flatter for T > 1, one-hot as T → 0. As softmax(log p / T), which neither
+    under- nor overflows.
+
+    Args:
+        probabilities: floating point, >= 0; the classes along ``dim``, not assumed to sum to 1.
+        temperature: > 0.
+
+    Returns:
+        Of the shape and dtype of ``probabilities``; differentiable. NaN where all of them are 0.
+
+    Raises:
+        ArgumentError: another temperature or dtype; on the CPU also a negative probability.
+
+    Source: Berthelot et al. 2019, "MixMatch".
+    """
+    good = isinstance(temperature, int | float) and 0 < temperature < math.inf
+    require(good, "temperature", temperature, "a finite number > 0")
+    require(isinstance(probabilities, Tensor), "probabilities", probabilities, "a tensor")
+    require(probabilities.dtype in FLOAT_DTYPES, "probabilities", probabilities, "a floating-point tensor")
+    _check_probabilities("probabilities", probabilities)
+    acc = accumulate_dtype(probabilities.dtype)
+    return torch.softmax(probabilities.to(acc).log() / temperature, dim).to(probabilities.dtype)
+
+
+def _check_probabilities(name: str, values: Tensor) -> None:
+    """Looks at them only where that needs no synchronisation."""
+    if values.device.type == "cpu" and values.numel() and not (torch.compiler.is_compiling() or transformed()):
+        least = values.detach().amin().item()
+        require(not least < 0, name, least, ">= 0 everywhere")
+
+
+def distillation_loss(
+    input: Tensor,
+    teacher: Tensor | Probabilities | Teacher,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+    smoothing: str | Tensor = "uniform",
+    class_dim: int = 1,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_terms: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, DistillationTerms]:
+    """``alpha·T²·KL(softmax(teacher/T) ‖ softmax(input/T)) + (1 - alpha)·cross_entropy(input, target, ...)``, reduced
+    over rows, in one pass over student and teacher.
+
+    Args:
+        input: the student's logits, as in :func:`labelsmooth_kernels.cross_entropy`.
+        teacher: logits of the shape of ``input``; :class:`Probabilities` of that shape; or a
+            :class:`labelsmooth_kernels.Teacher` (hidden states and a head), whose logits are made a chunk of rows at a
+            time. A constant: no gradient reaches it.
+        target: class indices as in ``cross_entropy``; rows with ``ignore_index`` have zero loss and gradient, of both
+            terms. None: no second term, every row counts, and ``alpha`` is 1.
+        temperature: T > 0, of both sides of the first term.
+        alpha: from 0 to 1, the share of the first term; None: 0.5, or 1 without a target.
+        ignore_index, reduction, label_smoothing, smoothing, class_dim, row_weight, normalizer: as in ``cross_entropy``;
+            ε, ``"others"`` and priors shape the second term.
+        return_terms: also return the :class:`DistillationTerms` of every row.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
+
+    Returns:
+        The loss, float32 for half-precision input (float64 for fp64); with ``return_terms`` a pair.
+
+    Raises:
+        ArgumentError, TypeError, IndexError: a bad argument, with its name, value and what is allowed.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
+    """
+    spec = LossSpec(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        class_dim=class_dim,
+        row_weight=row_weight,
+        normalizer=normalizer,
+        backend=backend,
+    )
+    alpha = (1.0 if target is None else 0.5) if alpha is None else alpha
+    require(isinstance(alpha, int | float) and 0 <= alpha <= 1, "alpha", alpha, "from 0 to 1")
+    good = isinstance(temperature, int | float) and 0 < temperature < math.inf
+    require(good, "temperature", temperature, "a finite number > 0")
+    if target is None:
+        require(alpha == 1, "alpha", alpha, "1 without a target")
+        target = _first_class(input, class_dim)
+    rows, shape = prepare(input, target, spec)
+    if not rows.index_target:
+        raise ArgumentError(f"target must hold class indices, got probabilities of shape {tuple(target.shape)}")
+    chosen = backends.select(rows, frozenset({"distillation"}))
+    if input.device.type == "cpu":
+        check_targets(rows)
+    rows = rows._replace(logits=rows.logits.flatten(0, -2))
+    source = _Source.of(teacher, input, rows, class_dim)
+    mix = Mix(float(alpha), float(temperature))
+    if chosen.kernels is None or transformed():
+        loss, terms = _by_reference(rows, source, mix)
+        reduced = reduce(loss, rows)
+    else:
+        reduced, terms = _by_kernel(rows, source, mix, chosen.name)
+    if reduction == "none":
+        reduced = reduced.reshape(shape)
+    return (reduced, DistillationTerms(*terms.detach().reshape(2, *shape))) if return_terms else reduced
+
+
+class Mix(NamedTuple):
+    """How the two terms are mixed."""
+
+    alpha: float
+    temperature: float
+
+    def loss(self, terms: Tensor) -> Tensor:
+        return self.alpha * self.temperature**2 * terms[0] + (1 - self.alpha) * terms[1]
+
+
+def _first_class(input: Tensor, class_dim: int) -> Tensor:
+    """Targets that no term looks at; what is wrong with ``input`` is for the gate to say."""
+    if not isinstance(input, Tensor) or input.dim() < 2 or not -input.dim() <= class_dim < input.dim():
+        return torch.zeros((), dtype=torch.int64, device=getattr(input, "device", None))
+    return (
+        input.detach()
+        .select(class_dim, 0)
+        .new_zeros((), dtype=torch.int64)
+        .expand(input.shape[: class_dim % input.dim()] + input.shape[class_dim % input.dim() + 1 :])
+    )
+
+
+class _Source(NamedTuple):
+    """A teacher as rows: dense logits or probabilities (N, K), or hidden states (N, D) and the rest of a head."""
+
+    rows: Tensor
+    form: str
+    soft: Soft
+
+    @classmethod
+    def of(cls, teacher: Tensor | Probabilities | Teacher, input: Tensor, rows: Rows, class_dim: int) -> _Source:
+        if isinstance(teacher, Teacher):
+            return cls._of_head(teacher, rows)
+        form, values = ("probabilities", teacher[0]) if isinstance(teacher, Probabilities) else ("logits", teacher)
+        if not isinstance(values, Tensor):
+            kind = type(values).__name__
+            raise TypeError(f"teacher must be a Tensor of logits, Probabilities or a Teacher, got {kind}")
+        require(values.dtype in FLOAT_DTYPES, "teacher", values, "floating point")
+        require(values.shape == input.shape, "teacher", values, f"of the shape {tuple(input.shape)} of input")
+        check_same_device("teacher", values, input)
+        if form == "probabilities":
+            _check_probabilities("teacher", values)
+        values = values.detach().movedim(0 if values.dim() == 1 else class_dim, -1)
+        return cls(values.reshape(-1, values.shape[-1]), form, Soft())
+
+    @classmethod
+    def _of_head(cls, teacher: Teacher, rows: Rows) -> _Source:
+        n, num_classes = rows.logits.shape
+        hidden, weight, bias, scale = teacher
+        for name, value in (("hidden", hidden), ("linear_weight", weight), ("linear_bias", bias)):
+            if value is not None or name != "linear_bias":
+                good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
+                require(good, f"teacher.{name}", value, "a floating-point Tensor")
+                check_same_device(f"teacher.{name}", value, rows.logits)  # type: ignore[arg-type]
+        hidden = hidden.detach().reshape(-1, hidden.shape[-1]) if hidden.dim() else hidden
+        require(hidden.dim() == 2 and len(hidden) == n, "teacher.hidden", hidden, f"of {n} rows of features")
+        shape = (num_classes, hidden.shape[1])
+        require(weight.shape == shape, "teacher.linear_weight", weight, f"of shape {shape}")
+        good = bias is None or bias.shape == (num_classes,)
+        require(good, "teacher.linear_bias", bias, f"of shape ({num_classes},) or None")
+        return cls(hidden, "head", Soft(None, weight.detach(), None if bias is None else bias.detach(), float(scale)))
+
+    def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of ``dtype`` with adjacent classes, of some rows at a time; all at once where they lie ready."""
+        n = len(self.rows)
+        ready = self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1
+        step = n if ready else rows_per_chunk(n, num_classes * dtype.itemsize, self.rows.device.type)
+        for begin in range(0, n, max(step, 1)):
+            part = slice(begin, min(begin + step, n))
+            if self.form == "head":
+                yield part, teacher_logits(self.rows[part], self.soft, dtype)
+            elif self.form == "probabilities":
+                acc = accumulate_dtype(dtype)
+                yield part, self.rows[part].to(acc).log().to(dtype)
+            else:
+                yield part, (self.rows[part] if ready else self.rows[part].to(dtype).contiguous())
+
+
+def _by_reference(rows: Rows, source: _Source, mix: Mix) -> tuple[Tensor, Tensor]:
+    """(loss (N,), terms (2, N)), differentiable any number of times."""
+    teacher = torch.cat([part for _, part in source.chunks(rows.logits.dtype, rows.logits.shape[-1])])
+    terms = reference.distillation_terms(rows, teacher, mix.temperature)
+    return mix.loss(terms), terms
+
+
+def _terms(
+    rows: Rows, source: _Source, mix: Mix, backend: str, scale: Tensor | None = None, grad: Tensor | None = None
+) -> Tensor:
+    """(2, N) by a kernel; Σ scale·loss's gradient into ``grad``."""
+    operator = getattr(getattr(torch.ops, ops.NAMESPACE), f"{backend}_distill").default
+    call = row_arguments(rows, scale)
+    found = []
+    for part, teacher in source.chunks(rows.logits.dtype, rows.logits.shape[-1]):
+        some = call.of_rows(part)
+        found.append(
+            operator(
+                rows.logits[part], teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale,
+                some.ignore_index, some.others, *mix, None if grad is None else grad[part],
+            )
+        )  # fmt: skip
+    return torch.cat(found, 1)
+
+
+def _by_kernel(rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Tensor, Tensor]:
+    """(the reduced loss, terms)"""
+    spec, x = rows.spec, rows.logits if rows.logits.stride(-1) == 1 else rows.logits.contiguous()
+    others = (rows.row_weight, spec.normalizer)
+    grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
+    one_pass = spec.reduction != "none" and x.dtype != torch.float16 and not grad_of_others
+    if one_pass and not torch.compiler.is_compiling():
+        loss, terms = _Distill.apply(x, rows, source, mix, backend, denominator(rows))  # type: ignore[no-untyped-call]
+        return loss, terms
+    loss, terms = _DistillRows.apply(x, rows, source, mix, backend)  # type: ignore[no-untyped-call]
+    return reduce(loss, rows), terms
+
+
+def _fresh_like(x: Tensor, backend: str) -> Tensor:
+    fresh = torch.ops.labelsmooth_kernels.cpu_fresh_like if backend == "cpu" else torch.empty_like
+    return fresh(x)  # type: ignore[no-any-return]
+
+
+class _DistillRows(torch.autograd.Function):
+    """(loss (N,), terms); the gradient is made in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Tensor, Tensor]:
+        terms = _terms(rows._replace(logits=x.detach()), source, mix, backend)
+        _remember(ctx, x, rows, source, mix, backend)
+        ctx.mark_non_differentiable(terms)
+        return mix.loss(terms), terms
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, upstream), *(None,) * 4
+
+
+class _Distill(torch.autograd.Function):
+    """(the reduced loss, terms), the gradient made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, divisor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        scale = row_scale(rows.row_weight, divisor)
+        grad = _fresh_like(x, backend) if ctx.needs_input_grad[0] else None
+        terms = _terms(rows._replace(logits=x.detach()), source, mix, backend, scale, grad)
+        _remember(ctx, x, rows, source, mix, backend, grad, scale)
+        ctx.mark_non_differentiable(terms)
+        loss = mix.loss(terms)
+        loss = (loss if rows.row_weight is None else loss * rows.row_weight).sum()
+        return (loss if divisor is None else loss / divisor), terms
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, *_, grad, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            scaled = (upstream if scale is None else upstream * scale).expand(len(x))
+            grad = _gradient(ctx, scaled)
+        elif graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+            grad = grad * upstream
+        else:
+            backends.kernels_of(ctx.call[-1]).scale_(grad, upstream)
+        return grad, *(None,) * 5
+
+
+def _remember(
+    ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, *more: Tensor | None
+) -> None:
+    """The large tensors where autograd watches their versions."""
+    ctx.save_for_backward(x, rows.target, source.rows, *more)
+    ctx.call = rows, source, mix, backend
+
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    """Of Σ upstream·loss in the logits: by a kernel, or differentiable in turn."""
+    x, target, teacher = ctx.saved_tensors[:3]
+    rows, source, mix, backend = ctx.call
+    rows, source = rows._replace(logits=x, target=target), source._replace(rows=teacher)
+    if torch.is_grad_enabled():
+        loss, _ = _by_reference(rows, source, mix)
+        (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
+        return grad
+    grad = _fresh_like(x, backend)
+    _terms(rows, source, mix, backend, upstream.contiguous(), grad)
+    return grad
