@@ -2,10 +2,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu_passes.h"
 #include "operands.h"
 
@@ -13,18 +9,7 @@ namespace lsk {
 namespace {
 
 struct Cpu {
-  // Most of the time of a large fresh allocation goes into page faults; 2 MiB pages make 512 times fewer of them.
-  static Tensor fresh_like(const Tensor& t) {
-    const Tensor grad = at::empty_like(t);
-#if defined(__linux__)
-    constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (begin + grad.nbytes()) / kHugePage * kHugePage;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
-#endif
-    return grad;
-  }
+  static Tensor fresh_like(const Tensor& t) { return in_large_pages(at::empty_like(t)); }
 
   static void forward(const Call& call, const Tensor&) {
     check_targets(call);
@@ -71,7 +56,6 @@ void add_split_(Tensor& high, Tensor& low, const Tensor& x, bool last) {
 TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) {
   implement<Cpu>(m, "cpu");
   m.impl("cpu_add_split_", &add_split_);
-  m.impl("cpu_fresh_like", &Cpu::fresh_like);
 }
 
 }  // namespace lsk

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "cpu_kernels.h"
+#include "cpu_passes.h"
 #include "operands.h"
 
 namespace lsk {
@@ -81,14 +82,17 @@ View rows_of(const Tensor& t, const char* name, const Tensor& student, bool writ
   return view;
 }
 
-Tensor distill(const Tensor& student, const Tensor& teacher, const Tensor& target, OptionalTensor prior, double eps,
-               OptionalTensor eps_rows, OptionalTensor row_scale, int64_t ignore_index, bool others, double alpha,
-               double temperature, const std::optional<Tensor>& grad) {
+std::tuple<Tensor, Tensor> distill(const Tensor& student, const Tensor& teacher, const Tensor& target,
+                                   OptionalTensor prior, double eps, OptionalTensor eps_rows, OptionalTensor row_scale,
+                                   int64_t ignore_index, bool others, double alpha, double temperature,
+                                   bool with_grad) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   DistillCall call;
   call.student = rows_of(student, "student", student, false);
   call.teacher = rows_of(teacher, "teacher", student, false);
-  if (grad) call.grad = rows_of(*grad, "grad", student, true);
+  const Tensor grad =
+      with_grad ? in_large_pages(at::empty(student.sizes(), student.options())) : at::empty({0}, student.options());
+  if (with_grad) call.grad = rows_of(grad, "grad", student, true);
   call.n = student.size(0);
   call.k = student.size(1);
   call.target = index_target(target, call.n);
@@ -112,7 +116,7 @@ Tensor distill(const Tensor& student, const Tensor& teacher, const Tensor& targe
                    [&](int64_t begin, int64_t end) {
                      for (int64_t row = begin; row < end; ++row) distill_row(call, row);
                    });
-  return terms;
+  return {terms, grad};
 }
 
 }  // namespace

@@ -8,6 +8,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 #include <memory>
 #include <new>
@@ -290,6 +294,17 @@ void for_pieces(const Plan& plan, const F& f) {
 
 const char* cpu_capability() { return instruction_set().name; }
 const Kernels& cpu_kernels() { return *instruction_set().kernels; }
+
+at::Tensor in_large_pages(at::Tensor fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + fresh.nbytes()) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#endif
+  return fresh;
+}
 
 void run_forward(const Call& call) {
   const Plan plan(call);

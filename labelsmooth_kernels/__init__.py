@@ -1,6 +1,6 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
-from . import conventions, functional, reference
+from . import calibration, conventions, distillation, functional, reference, representation
 from .functional import cross_entropy
 from .linear import Teacher, TopK, linear_cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
@@ -17,9 +17,12 @@ __all__ = [
     "RowStats",
     "Teacher",
     "TopK",
+    "calibration",
     "conventions",
     "cross_entropy",
+    "distillation",
     "functional",
     "linear_cross_entropy",
     "reference",
+    "representation",
 ]

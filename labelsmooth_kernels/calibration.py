@@ -15,7 +15,8 @@ and what is asked is computed from them at the end. Nothing of the size of the l
 so that it is convex in β, and least where the mean loss is the mean entropy: Newton's step is
 β ← β·(1 - mean(-log p_y - H)/mean Var_p[z]), three numbers of a row that the kernels make (``return_stats="all"``).
 
-Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Nixon et al. 2019 (bins of equal mass); Brier 1950.
+Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Nixon et al. 2019 for bins of equal mass; Brier
+1950.
 """
 
 from __future__ import annotations
@@ -220,8 +221,8 @@ def evaluate(
     """:class:`Calibration` of logits, or of a linear head on hidden states whose logits are never held.
 
     Args:
-        input: logits as in ``cross_entropy``; or hidden states (..., D), with ``linear_weight`` (K, D); one tensor, or a
-            sequence of batches.
+        input: logits as in ``cross_entropy``; or hidden states (..., D), with ``linear_weight`` (K, D); one tensor, or
+            a sequence of batches.
         target: class indices, one tensor or a sequence of as many.
         options: of ``cross_entropy`` (``class_dim``, ``logit_scale``, ``softcap``, ``backend``) or of
             ``linear_cross_entropy`` (``linear_bias`` and ``chunk_rows`` too).
@@ -250,9 +251,12 @@ def _statistics(
     input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: dict[str, Any]
 ) -> RowStats:
     shared: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "return_stats": "all", **options}
+    stats: RowStats
     if linear_weight is None:
-        return cross_entropy(input, target, **shared)[1]
-    return linear_cross_entropy(input, linear_weight, target, **shared)[1]  # type: ignore[return-value]
+        _, stats = cross_entropy(input, target, **shared)
+    else:
+        _, stats = linear_cross_entropy(input, linear_weight, target, **shared)
+    return stats
 
 
 class Temperature(NamedTuple):
@@ -330,11 +334,13 @@ def _at_scale(
     found: list[Calibration] = []
     for x, y in _batches(input, target):
         stats = _statistics(x, y, linear_weight, ignore_index, {**options, "logit_scale": beta})
+        assert stats.entropy is not None
+        assert stats.variance is not None
         rows = torch.stack((stats.nll, stats.entropy, stats.variance)).double()
         sums.append(torch.where(y == ignore_index, 0.0, rows).flatten(1).sum(1))
         found.append(collect(stats, y, bins=bins, ignore_index=ignore_index))
     require(len(found) > 0, "input", input, "at least one batch")
-    return tuple(sum(sums).tolist()), sum(found[1:], found[0])
+    return tuple(torch.stack(sums).sum(0).tolist()), sum(found[1:], found[0])
 
 
 def plot_reliability(calibrations: Mapping[str, Calibration], path: str | None = None, *, scheme: str = "width") -> Any:

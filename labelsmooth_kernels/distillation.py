@@ -224,7 +224,7 @@ class _Source(NamedTuple):
         n = len(self.rows)
         ready = self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1
         step = n if ready else rows_per_chunk(n, num_classes * dtype.itemsize, self.rows.device.type)
-        for begin in range(0, n, max(step, 1)):
+        for begin in range(0, max(n, 1), max(step, 1)):
             part = slice(begin, min(begin + step, n))
             if self.form == "head":
                 yield part, teacher_logits(self.rows[part], self.soft, dtype)
@@ -242,22 +242,27 @@ def _by_reference(rows: Rows, source: _Source, mix: Mix) -> tuple[Tensor, Tensor
     return mix.loss(terms), terms
 
 
-def _terms(
-    rows: Rows, source: _Source, mix: Mix, backend: str, scale: Tensor | None = None, grad: Tensor | None = None
-) -> Tensor:
-    """(2, N) by a kernel; Σ scale·loss's gradient into ``grad``."""
+def _run(
+    rows: Rows, source: _Source, mix: Mix, backend: str, scale: Tensor | None = None, with_grad: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(terms (2, N), the gradient of Σ scale·loss) by a kernel."""
     operator = getattr(getattr(torch.ops, ops.NAMESPACE), f"{backend}_distill").default
-    call = row_arguments(rows, scale)
-    found = []
-    for part, teacher in source.chunks(rows.logits.dtype, rows.logits.shape[-1]):
+    call, x = row_arguments(rows, scale), rows.logits.detach()
+    found: list[Tensor] = []
+    grad: Tensor | None = None
+    for part, teacher in source.chunks(x.dtype, x.shape[-1]):
         some = call.of_rows(part)
-        found.append(
-            operator(
-                rows.logits[part], teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale,
-                some.ignore_index, some.others, *mix, None if grad is None else grad[part],
-            )
+        terms, made = operator(
+            x[part], teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale, some.ignore_index,
+            some.others, *mix, with_grad,
         )  # fmt: skip
-    return torch.cat(found, 1)
+        found.append(terms)
+        if with_grad and len(teacher) == len(x):
+            grad = made
+        elif with_grad:
+            grad = x.new_empty(x.shape) if grad is None else grad
+            grad[part] = made
+    return (found[0] if len(found) == 1 else torch.cat(found, 1)), grad
 
 
 def _by_kernel(rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Tensor, Tensor]:
@@ -273,17 +278,12 @@ def _by_kernel(rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Ten
     return reduce(loss, rows), terms
 
 
-def _fresh_like(x: Tensor, backend: str) -> Tensor:
-    fresh = torch.ops.labelsmooth_kernels.cpu_fresh_like if backend == "cpu" else torch.empty_like
-    return fresh(x)  # type: ignore[no-any-return]
-
-
 class _DistillRows(torch.autograd.Function):
     """(loss (N,), terms); the gradient is made in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Tensor, Tensor]:
-        terms = _terms(rows._replace(logits=x.detach()), source, mix, backend)
+        terms, _ = _run(rows._replace(logits=x), source, mix, backend)
         _remember(ctx, x, rows, source, mix, backend)
         ctx.mark_non_differentiable(terms)
         return mix.loss(terms), terms
@@ -301,8 +301,7 @@ class _Distill(torch.autograd.Function):
         ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, divisor: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         scale = row_scale(rows.row_weight, divisor)
-        grad = _fresh_like(x, backend) if ctx.needs_input_grad[0] else None
-        terms = _terms(rows._replace(logits=x.detach()), source, mix, backend, scale, grad)
+        terms, grad = _run(rows._replace(logits=x), source, mix, backend, scale, ctx.needs_input_grad[0])
         _remember(ctx, x, rows, source, mix, backend, grad, scale)
         ctx.mark_non_differentiable(terms)
         loss = mix.loss(terms)
@@ -322,9 +321,7 @@ class _Distill(torch.autograd.Function):
         return grad, *(None,) * 5
 
 
-def _remember(
-    ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, *more: Tensor | None
-) -> None:
+def _remember(ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, *more: Tensor | None) -> None:
     """The large tensors where autograd watches their versions."""
     ctx.save_for_backward(x, rows.target, source.rows, *more)
     ctx.call = rows, source, mix, backend
@@ -337,8 +334,8 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     rows, source = rows._replace(logits=x, target=target), source._replace(rows=teacher)
     if torch.is_grad_enabled():
         loss, _ = _by_reference(rows, source, mix)
-        (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
+        grad: Tensor = torch.autograd.grad(loss, x, upstream, create_graph=True)[0]
         return grad
-    grad = _fresh_like(x, backend)
-    _terms(rows, source, mix, backend, upstream.contiguous(), grad)
-    return grad
+    made = _run(rows, source, mix, backend, upstream.contiguous(), True)[1]
+    assert made is not None
+    return made

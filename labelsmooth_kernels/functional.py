@@ -148,7 +148,9 @@ def shaped(
         reduced = reduced.reshape(shape)
     if stats is None:
         return reduced
-    return reduced, RowStats(*(value if value is None else value.reshape(shape) for value in stats))
+    nll, lse, confidence, prediction = (value.reshape(shape) for value in stats[:4])
+    more = (None if value is None else value.reshape(shape) for value in stats[4:])
+    return reduced, RowStats(nll, lse, confidence, prediction, *more)
 
 
 # ---- the gate
@@ -348,4 +350,5 @@ def _by_kernels(rows: Rows, kernels: ops.Kernels) -> tuple[Tensor, RowStats | No
 
 def kernel_stats(saved: Tensor, stats: Tensor, prediction: Tensor) -> RowStats:
     zmax, logsum = saved[:2]
-    return RowStats(stats[0], zmax + logsum, (-logsum).exp(), prediction, *stats[1:])
+    # Where z was scaled, zmax is rounded and the sum may fall short of 1 by as much.
+    return RowStats(stats[0], zmax + logsum, (-logsum).exp().clamp_max(1), prediction, *stats[1:])

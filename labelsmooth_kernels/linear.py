@@ -133,7 +133,8 @@ def linear_cross_entropy(
             smoothing term and the sum of a row's gradient stay exact. None: the dtype's resolution / 32; 0: exact.
         options: accepted for the sake of ``F.linear_cross_entropy``; how that function chunks has no meaning here.
         loss_options: ``reduction``, ``label_smoothing``, ``smoothing``, ``smooth_over``, ``z_loss``,
-            ``confidence_penalty``, ``logit_scale``, ``softcap``, ``row_weight``, ``normalizer``, ``return_stats``, ``backend`` of ``cross_entropy``.
+            ``confidence_penalty``, ``logit_scale``, ``softcap``, ``row_weight``, ``normalizer``, ``return_stats``,
+            ``backend`` of ``cross_entropy``.
 
     Returns:
         What ``cross_entropy`` returns.

@@ -21,16 +21,18 @@ lse = zmax + logsum,
     loss = M·logsum - Σ q·(z - zmax) + z_loss·lse² - confidence_penalty·H
     grad = row_scale·logit_scale·cap'·((M + 2·z_loss·lse + confidence_penalty·(H + log p))·p - q)
 
-with log p = (z - zmax) - logsum and H = -Σ p·log p, rounded once, in the logits' dtype, shape and, where they are dense, strides (``empty_like``). ``row_scale`` is None
-(= 1) or a contiguous acc tensor of 1 or N factors. M is exactly 1 for an index target without weight and prior.
+with log p = (z - zmax) - logsum and H = -Σ p·log p, rounded once, in the logits' dtype, shape and, where they are
+dense, strides (``empty_like``). ``row_scale`` is None (= 1) or a contiguous acc tensor of 1 or N factors. M is exactly
+1 for an index target without weight and prior.
 
-``forward`` returns (loss, saved, stats, prediction, grad): ``saved`` (4, N) is (zmax, logsum, M + confidence_penalty·H, n); ``stats``
-(n_stats, N) is (nll, entropy, variance, collision) cut to its first n_stats (0, 1, 2 or 4) rows: nll = -Σ t·log p
-without weights and smoothing, entropy = -Σ p·log p, variance = Σ p·z² - (Σ p·z)², collision = Σ p²; ``prediction`` (N,) int64 comes with n_stats > 0 and is argmax z (the lowest index among equals). What was
-not asked for has no elements. ``backward`` makes grad from ``saved``; ``target_grad`` the gradient of Σ row_scale·loss
-in a floating-point target, row_scale·(1 - e)·w_k·(logsum - (z_k - zmax)), in the target's dtype (z_k - zmax counting as
-0 where q_k = 0 and z_k = -inf). The ``_`` forms write the gradient over the logits. ``scale_`` multiplies a gradient by
-a one-element acc tensor and does nothing where that is 1.
+``forward`` returns (loss, saved, stats, prediction, grad): ``saved`` (4, N) is (zmax, logsum, M + confidence_penalty·H,
+n); ``stats`` (n_stats, N) is (nll, entropy, variance, collision) cut to its first n_stats (0, 1, 2 or 4) rows: nll =
+-Σ t·log p without weights and smoothing, entropy = H, variance = Σ p·z² - (Σ p·z)², collision = Σ p²; ``prediction``
+(N,) int64 comes with n_stats > 0 and is argmax z (the lowest index among equals). What was not asked for has no
+elements. ``backward`` makes grad from ``saved``; ``target_grad`` the gradient of Σ row_scale·loss in a floating-point
+target, row_scale·(1 - e)·w_k·(logsum - (z_k - zmax)), in the target's dtype (z_k - zmax counting as 0 where q_k = 0 and
+z_k = -inf). The ``_`` forms write the gradient over the logits. ``scale_`` multiplies a gradient by a one-element acc
+tensor and does nothing where that is 1.
 
 A row whose index target is ignore_index has loss = nll = 0 and a gradient of exact zeros whatever its logits hold; they
 are read only for the other statistics, and without those saved is 0. Another target outside [0, K) raises
@@ -70,8 +72,6 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # (high, low) += x in bfloat16: high is the upper half of a float32 and low the byte below it, 24 bits; ``last`` rounds
 # the sum into high. The C++ extension has it, for sums of many bfloat16 products in little more than their own memory.
 LIBRARY.define("cpu_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor x, bool last) -> ()")
-# empty_like in large pages, where the C++ extension is.
-LIBRARY.define("cpu_fresh_like(Tensor x) -> Tensor")
 
 
 class RowCall(NamedTuple):
@@ -202,21 +202,22 @@ def implement_tiled(key: str, kernels: object) -> None:
 
 # ---- distillation: the logits of a student beside those of a teacher
 
-# (2, N) acc: KL(softmax(teacher/T) ‖ softmax(student/T)) of every row, T the temperature, and its smoothed cross-entropy
-# with q of the module's head (0 where alpha is 1); an ignored row has zeros. Student and teacher are (N, K) of one dtype
-# with adjacent classes. ``grad``, another such, is overwritten with row_scale·(alpha·T·(p_T - t_T) + (1 - alpha)·(M·p -
-# q)), the gradient in the student of row_scale·(alpha·T²·KL + (1 - alpha)·loss), where it is given.
+# ``terms`` (2, N) acc: KL(softmax(teacher/T) ‖ softmax(student/T)) of every row, T the temperature, and its smoothed
+# cross-entropy with q of the module's head (0 where alpha is 1); an ignored row has zeros. Student and teacher are
+# (N, K) of one dtype with adjacent classes. ``grad``, contiguous, is row_scale·(alpha·T·(p_T - t_T) + (1 - alpha)·
+# (M·p - q)), the gradient in the student of row_scale·(alpha·T²·KL + (1 - alpha)·loss); without elements unless asked
+# for.
 DISTILL_SCHEMA = (
     "(Tensor student, Tensor teacher, Tensor target, Tensor? prior, float eps, Tensor? eps_rows, Tensor? row_scale, "
-    "int ignore_index, bool others, float alpha, float temperature, Tensor(a!)? grad) -> Tensor terms"
+    "int ignore_index, bool others, float alpha, float temperature, bool with_grad) -> (Tensor terms, Tensor grad)"
 )
 
 
-def _fake_distill(student: Tensor, *call: object) -> Tensor:
-    return student.new_empty((2, student.shape[0]), dtype=accumulate_dtype(student.dtype))
+def _fake_distill(student: Tensor, *call: object) -> tuple[Tensor, Tensor]:
+    terms = student.new_empty((2, student.shape[0]), dtype=accumulate_dtype(student.dtype))
+    return terms, student.new_empty(student.shape if call[-1] else 0)
 
 
 for _backend in ("cpu", "triton"):
     LIBRARY.define(f"{_backend}_distill{DISTILL_SCHEMA}")
     torch.library.register_fake(f"{NAMESPACE}::{_backend}_distill", _fake_distill, lib=LIBRARY)
-torch.library.register_fake(f"{NAMESPACE}::cpu_fresh_like", torch.empty_like, lib=LIBRARY)

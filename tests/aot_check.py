@@ -59,6 +59,7 @@ class Mode(NamedTuple):
     """dtype of target probabilities"""
     logit_scale: float = 1.0
     softcap: float | None = None
+    penalty: float = 0.0
     layout: str = "rows"
     """or "classes apart", or "two distances" """
 
@@ -72,8 +73,11 @@ MODES = {
     "few rows": Mode(n=4, n_stats=1),
     "backward": Mode("backward"),
     "scale": Mode("scale_"),
+    "distill": Mode("distill", per_row=True),
 }
-EVERYTHING = Mode(per_row=True, vectors=2, finite=True, soft="float32", logit_scale=0.5, softcap=30.0, n_stats=2)
+EVERYTHING = Mode(
+    per_row=True, vectors=2, finite=True, soft="float32", logit_scale=0.5, softcap=30.0, n_stats=4, penalty=0.1
+)
 # Options, each on its own and all at once: for long rows, aligned and not; what holds all of them also for rows of one
 # block.
 OPTIONS = {
@@ -85,6 +89,9 @@ OPTIONS = {
     "softcap": Mode(softcap=30.0),
     "logit scale": Mode(logit_scale=0.5),
     "entropy": Mode(n_stats=2),
+    "every statistic": Mode(n_stats=4),
+    "penalty": Mode(penalty=0.1),
+    "distill, prior": Mode("distill", vectors=2, with_grad=False),
     "classes apart": Mode(layout="classes apart"),
     "two distances": Mode(layout="two distances"),
     "everything": EVERYTHING,
@@ -96,7 +103,7 @@ OPTION_SHAPES = (("float32", 50257), ("bfloat16", 128256))
 BLOCK_SHAPES = (("bfloat16", 4096),)
 # Narrow loads: target, its logit, its weight, eps, row_scale, what is saved, two edges. Narrow stores: results, one
 # edge; the sums of a part.
-NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 7, 11
+NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 9, 13
 
 
 class Report(NamedTuple):
@@ -180,11 +187,15 @@ def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, count
     if any(name.startswith(("LDL", "STL")) for name in counts):
         problems.append("spills")
     structure = options.get("S")
-    if kernel == "merge_kernel" or (structure and structure.VEC == 1):
+    if kernel == "merge_kernel" or 1 in (options.get("VEC"), structure and structure.VEC):
         return ", ".join(problems)
     vectors = options["BLOCK"] * itemsize // (16 * 32 * options["num_warps"] * options["num_ctas"])
-    writes = kernel in ("grad_kernel", "scale_kernel") or (kernel == "row_kernel" and mode.with_grad)
+    writes = kernel in ("grad_kernel", "scale_kernel") or (
+        kernel in ("row_kernel", "distill_kernel") and mode.with_grad
+    )
     sweeps = 2 if writes and options.get("ONE_BLOCK") is False else 1
+    if kernel == "distill_kernel":
+        sweeps = 4 if writes else 2
     if counts["LDG wide"] < vectors * sweeps or (writes and counts["STG wide"] < vectors):
         problems.append(f"fewer than {vectors} 128-bit accesses per thread")
     per_class = mode.vectors or mode.soft == "bfloat16"  # narrow beside unaligned rows, or float32 logits
@@ -221,10 +232,26 @@ def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int) -> None:
         False,
         mode.finite,
         0.0,
+        mode.penalty,
         mode.logit_scale,
         mode.softcap,
     )
-    if mode.op == "forward":
+    if mode.op == "distill":
+        importlib.import_module(f"{PACKAGE}.distill").distill(
+            logits,
+            new(n, k, dtype=dtype),
+            target,
+            prior,
+            0.1,
+            eps_rows,
+            row_scale,
+            -100,
+            False,
+            0.5,
+            2.0,
+            mode.with_grad,
+        )
+    elif mode.op == "forward":
         ops.forward(logits, *row, mode.with_grad, mode.n_stats)
     else:
         getattr(ops, mode.op)(logits, *row, new(4, n))

@@ -144,7 +144,9 @@ NOT_FP16 = (torch.bfloat16, *SINGLE, torch.float64)
 
 EPS: dict[str, Any] = {"label_smoothing": 0.1}
 BOTH: dict[str, Any] = {"smooth_over": "finite", **EPS}
-EVERYTHING: dict[str, Any] = {"smoothing": "others", "z_loss": 0.01, "softcap": 8.0, "logit_scale": 1.5, **EPS}
+EVERYTHING: dict[str, Any] = {
+    "smoothing": "others", "z_loss": 0.01, "confidence_penalty": 0.2, "softcap": 8.0, "logit_scale": 1.5, **EPS
+}  # fmt: skip
 
 CASES = (
     Case("one class", "R31", normal(3, 1, **EPS)),
@@ -190,6 +192,10 @@ CASES = (
     Case("other finite classes", "R16", edit(normal(5, 40, smoothing="others", **BOTH), mask_classes)),
     Case("prior over finite classes", "R16", edit(normal(5, 40, smoothing=prior(40, 3), **BOTH), mask_classes)),
     Case("z-loss", "R28", normal(5, 60, z_loss=0.01, ignored=3, **EPS)),
+    Case("confidence penalty", "", normal(5, 60, confidence_penalty=0.3, ignored=3, **EPS)),
+    Case("entropy minimisation", "", normal(4, 60, confidence_penalty=-1.0, weight=positive(60))),
+    Case("entropy alone", "", soft(4, 60, 0.0, confidence_penalty=-1.0)),
+    Case("masked classes, confidence penalty", "R16", edit(normal(4, 2003, confidence_penalty=0.3), mask_classes)),
     Case("softcap 1", "R32", normal(4, 60, shift=-100.0, softcap=1.0, **EPS)),
     Case("softcap 5 and scale", "R32", normal(4, 60, softcap=5.0, logit_scale=0.5, **EPS)),
     Case("masked classes, softcap", "R16 R32", edit(normal(4, 60, softcap=30.0), mask_classes)),
@@ -268,7 +274,7 @@ DIRECTIONS = ("forward", "rows", "mean", "inplace", "inplace rows")
 def run_forward(problem: Problem, backend: str) -> None:
     """No gradient: losses and statistics; and the loss alone, which must be the same numbers."""
     call = {"reduction": "none", "backend": backend, **problem.options}
-    loss, stats = lsk.cross_entropy(problem.logits, problem.target, return_stats="entropy", **call)
+    loss, stats = lsk.cross_entropy(problem.logits, problem.target, return_stats="all", **call)
     assert loss.dtype == acc_dtype(problem.logits.dtype)
     want = expect(problem, torch.ones(len(loss), dtype=torch.float64, device=loss.device))
     judge_loss(want, loss)

@@ -115,6 +115,11 @@ def _log_loss(z: Tensor, q: Tensor) -> Tensor:
     return -torch.where(q == 0, 0.0, q * _log_p(z)).sum(-1)
 
 
+def _entropy(z: Tensor) -> Tensor:
+    log_p = _log_p(z)
+    return -(log_p.exp() * torch.where(z == -torch.inf, 0.0, log_p)).sum(-1)
+
+
 def _evaluate(problem: Problem, factors: Tensor, dtype: torch.dtype, by_torch: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(z, loss, gradient of Σ factor·loss) in ``dtype``: by the oracle, or by F.cross_entropy."""
     options, keep = problem.options, problem.keep
@@ -129,6 +134,8 @@ def _evaluate(problem: Problem, factors: Tensor, dtype: torch.dtype, by_torch: b
         q = dense_q(problem, z).to(dtype)
         loss = F.cross_entropy(z, q, reduction="none") if by_torch else _log_loss(z, q)
         loss = loss + options.get("z_loss", 0.0) * torch.logsumexp(z, -1).square()
+        if beta := options.get("confidence_penalty", 0.0):
+            loss = loss - beta * _entropy(z)
     loss = torch.where(keep, loss, 0.0)
     (grad,) = torch.autograd.grad(loss, x, torch.where(keep, factors, 0.0).to(dtype))
     return z.detach().double(), loss.detach().double(), torch.where(keep[:, None], grad, 0.0).double()
@@ -149,6 +156,10 @@ def expect(problem: Problem, factors: Tensor) -> Expected:
         down = down + torch.where(z == -torch.inf, 0.0, z.abs()) + zmax.abs()
     few, of_sum = few_ulps(acc), few_ulps(acc, z.shape[1])
     loss_ulps = of_sum * (mass * (1 + logsum) + (q.abs() * down).sum(-1, keepdim=True) + 2 * zeta * lse.square())[:, 0]
+    beta = abs(options.get("confidence_penalty", 0.0))
+    entropy = (p * (1 + down) * (1 + down + logsum)).sum(-1, keepdim=True)  # the sizes of its terms, with p's errors
+    loss_ulps = loss_ulps + of_sum * beta * entropy[:, 0]
+    mass = mass + beta * (entropy + down + logsum)
     slope = abs(options.get("logit_scale", 1.0)) * factors.abs()[:, None]
     grad_ulps = slope * (of_sum * (mass + 2 * zeta * lse) * p * (1 + down + logsum) + few * q.abs())
     tiny = 2 * torch.finfo(acc).smallest_normal  # below about that exp may be 0
@@ -216,7 +227,8 @@ def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 
 
 
 def judge_stats(problem: Problem, stats: RowStats) -> None:
-    """nll, lse, confidence, prediction, entropy where given; ignored rows have nll 0 and else count like others."""
+    """nll, lse, confidence, prediction, and where given entropy, variance and collision; ignored rows have nll 0 and else
+    count like others."""
     transforms = {name: problem.options[name] for name in ("logit_scale", "softcap") if name in problem.options}
     unsmoothed = problem._replace(options=transforms | {"ignore_index": problem.options.get("ignore_index", -100)})
     want = expect(unsmoothed, torch.ones(len(problem.target), dtype=torch.float64, device=problem.target.device))
@@ -239,6 +251,17 @@ def judge_stats(problem: Problem, stats: RowStats) -> None:
         entropy = torch.where(lse.isfinite(), entropy, torch.nan)
         ulps = few_ulps(acc, z.shape[1]) * (slack + (zmax.abs() if transforms else 0))
         assert_close("entropy", stats.entropy, entropy, torch.maximum(2 * off_by(entropy_torch, entropy), ulps))
+    if stats.variance is not None:
+        p, off = torch.softmax(z, -1), torch.where(z == -torch.inf, 0.0, z - zmax[:, None])
+        error = few_ulps(acc, z.shape[1]) * (1 + off.abs() + logsum[:, None] + (z.abs() if transforms else 0))
+        mean = (p * off).sum(-1, keepdim=True)
+        variance = torch.where(lse.isfinite(), (p * (off - mean).square()).sum(-1), torch.nan)
+        # E z² - (E z)² about the maximum; z itself errs where it was transformed
+        slack = (p * off.abs() * (off.abs() + 2 * (transforms != {})) * error.nan_to_num(0, 0)).sum(-1)
+        assert_close("variance", stats.variance, variance, 3 * slack + torch.finfo(acc).smallest_normal)
+        assert stats.collision is not None
+        collision = torch.where(lse.isfinite(), p.square().sum(-1), torch.nan)
+        assert_close("collision", stats.collision, collision, 2 * (p.square() * error.nan_to_num(0, 0)).sum(-1))
     assert stats.prediction.dtype == torch.int64
     for got, row in zip(stats.prediction.tolist(), z.cpu().numpy(), strict=True):
         if not np.isnan(row).any():

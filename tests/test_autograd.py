@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "finite": {"label_smoothing": 0.1, "smooth_over": "finite"},
     "weight": {"label_smoothing": 0.1, "weight": positive(K)},
     "z-loss": {"label_smoothing": 0.1, "z_loss": 0.1},
+    "confidence penalty": {"label_smoothing": 0.1, "confidence_penalty": 0.3},
     "scale and softcap": {"label_smoothing": 0.1, "logit_scale": 0.7, "softcap": 3.0},
     "row weight": {"label_smoothing": 0.1, "row_weight": positive(N)},
     "normalizer": {"label_smoothing": 0.1, "normalizer": torch.tensor(3.0, dtype=torch.float64)},
@@ -41,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "probabilities": {"label_smoothing": 0.1, "weight": positive(K), "z_loss": 0.1, "target": positive(N, K)},
     "everything": {
         "label_smoothing": 0.1, "smoothing": "others", "smooth_over": "finite", "weight": positive(K), "z_loss": 0.1,
-        "logit_scale": 0.7, "softcap": 3.0, "row_weight": positive(N),
+        "confidence_penalty": -0.2, "logit_scale": 0.7, "softcap": 3.0, "row_weight": positive(N),
     },
     "row weight, sum": {"row_weight": positive(N), "reduction": "sum"},
 }  # fmt: skip
@@ -198,11 +199,11 @@ def test_saved_tensor_hooks_see_the_gradient(fast_place: Place) -> None:
 def test_statistics_are_detached(place: Place, reduction: str) -> None:
     x, y = draw(place)
     x.requires_grad_()
-    for asked, given in ((True, 4), ("entropy", 5)):
+    for asked, given in ((True, 4), ("entropy", 5), ("all", 7)):
         loss, stats = lsk.cross_entropy(x, y, reduction=reduction, return_stats=asked, backend=place[0])
         assert loss.requires_grad
         assert [(value.requires_grad, value.shape) for value in stats[:given]] == [(False, y.shape)] * given
-        assert stats[given:] == (None,) * (5 - given)
+        assert stats[given:] == (None,) * (7 - given)
 
 
 def calls(name: str, logits: Tensor, target: Tensor, full: bool) -> list[tuple[Any, ...]]:

@@ -24,8 +24,9 @@ Place = tuple[str, str]
 def test_the_module_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {
         "weight": torch.ones(5), "ignore_index": 3, "reduction": "sum", "label_smoothing": torch.tensor(0.2),
-        "smoothing": torch.ones(5) / 5, "smooth_over": "finite", "class_dim": -1, "z_loss": 0.1, "logit_scale": 2.0,
-        "softcap": 5.0, "inplace": True, "return_stats": True, "backend": "reference",
+        "smoothing": torch.ones(5) / 5, "smooth_over": "finite", "class_dim": -1, "z_loss": 0.1,
+        "confidence_penalty": 0.2, "logit_scale": 2.0, "softcap": 5.0, "inplace": True,
+        "return_stats": True, "backend": "reference",
     }  # fmt: skip
     call: dict[str, Any] = {"row_weight": torch.ones(4), "normalizer": 7.0}
     assert given.keys() | call.keys() == {f.name for f in dataclasses.fields(lsk.LossSpec)}

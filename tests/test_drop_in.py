@@ -125,6 +125,7 @@ OURS_ALONE = {  # options PyTorch does not have, refused by name
     "smoothing": ("twice", r"smoothing must be 'uniform', 'others' or a prior .*'twice'"),
     "smooth_over": ("some", "smooth_over must be 'all' or 'finite', got 'some'"),
     "z_loss": (-1.0, "z_loss must be >= 0, got -1.0"),
+    "confidence_penalty": (torch.nan, "confidence_penalty must be a finite number, got nan"),
     "logit_scale": (torch.inf, "logit_scale must be a finite number, got inf"),
     "softcap": (0.0, "softcap must be a finite number > 0 or None, got 0.0"),
     "class_dim": (5, r"class_dim must be a dimension of input \(4, 5\), got 5"),
@@ -132,7 +133,7 @@ OURS_ALONE = {  # options PyTorch does not have, refused by name
     "normalizer": (0.0, "normalizer must be a finite number > 0 .*got 0.0"),
     "backend": ("fpga", "backend must be one of .*got 'fpga'"),
     "label_smoothing": (torch.ones(2, 3), r"label_smoothing must have one value or the shape \(4,\)"),
-    "return_stats": ("nll", "return_stats must be False, True or 'entropy', got 'nll'"),
+    "return_stats": ("nll", "return_stats must be False, True, 'entropy' or 'all', got 'nll'"),
     "ignore_index": (1.5, "ignore_index must be an int, got 1.5"),
 }
 

@@ -341,8 +341,9 @@ def test_every_option_reaches_the_loss() -> None:
     hidden, weight, _, y = operands(6, 8, 30, ("cpu", "cpu"))
     changed = {
         "weight": torch.rand(30), "ignore_index": int(y[1]), "reduction": "sum", "label_smoothing": 0.3,
-        "smoothing": "others", "smooth_over": "finite", "z_loss": 0.1, "logit_scale": 0.5, "softcap": 2.0,
-        "row_weight": torch.rand(6), "normalizer": 3.0, "return_stats": True, "backend": "reference",
+        "smoothing": "others", "smooth_over": "finite", "z_loss": 0.1, "confidence_penalty": 0.2,
+        "logit_scale": 0.5, "softcap": 2.0, "row_weight": torch.rand(6), "normalizer": 3.0,
+        "return_stats": True, "backend": "reference",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(lsk.LossSpec)} - {"class_dim", "inplace"}
     assert changed.keys() == names

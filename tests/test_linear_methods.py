@@ -97,6 +97,7 @@ def test_the_tiled_path_says_what_it_refuses() -> None:
         ("softcap", y, {"softcap": 5.0}),
         ("smooth_over='finite'", y, {"smooth_over": "finite", "label_smoothing": EPS}),
         ("return_stats='entropy'", y, {"return_stats": "entropy"}),
+        ("confidence_penalty", y, {"confidence_penalty": 0.1}),
         ("backend 'reference' has no tiled kernels", y, {"backend": "reference"}),
     ]
     for match, target, options in refused:

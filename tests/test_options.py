@@ -89,9 +89,10 @@ def test_dz_is_the_derivative_of_row_loss(case: Case) -> None:
     problem = case.problem()
     z = transformed(torch.where(problem.keep[:, None], problem.logits, 0.0), **problem.options).requires_grad_()
     q, zeta = dense_q(problem, z), problem.options.get("z_loss", 0.0)
-    loss, zmax, logsum = reference.row_loss(z, q, zeta)
+    beta = problem.options.get("confidence_penalty", 0.0)
+    loss, zmax, logsum = reference.row_loss(z, q, zeta, beta)
     (want,) = torch.autograd.grad(loss.sum(), z)
-    got = reference.dz(z, q, zmax, logsum, zeta)
+    got = reference.dz(z, q, zmax, logsum, zeta, beta)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-13)
 
 

@@ -129,6 +129,7 @@ def drawn(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], plain: bool = False)
         options["weight"] = (torch.rand(k, generator=rng) * (torch.rand(k, generator=rng) < 0.9)).to(acc)
     if not plain:
         options["z_loss"] = draw(st.sampled_from([0.0, 0.0, 0.01]))
+        options["confidence_penalty"] = draw(st.sampled_from([0.0, 0.0, 0.1, -0.1]))
         options["logit_scale"] = draw(st.sampled_from([1.0, 1.0, 0.5, -1.5]))
         options["softcap"] = draw(st.sampled_from([None, None, 5.0, 50.0]))
         if options["logit_scale"] < 0:  # what was masked must stay masked
@@ -149,9 +150,7 @@ def check_oracle(call: Drawn, place: Place) -> None:
     judge_loss(want, loss)
     judge_grad(problem, want, grad, truncated=truncates(place[0], problem.logits))
     given, target, options = call.arguments(problem.logits, problem.target)
-    again, stats = lsk.cross_entropy(
-        given, target, reduction="none", return_stats="entropy", backend=place[0], **options
-    )
+    again, stats = lsk.cross_entropy(given, target, reduction="none", return_stats="all", backend=place[0], **options)
     judge_loss(want, again.flatten())
     judge_stats(problem, lsk.RowStats(*(value.flatten() for value in stats)))
 

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
 FLOORS = """spec | reference ops | backends conventions | autograd chunked | functional linear_autograd |
-    linear parallel calibration distillation representation | modules doctor | __init__ __main__"""
+    linear | parallel calibration distillation representation | modules doctor | __init__ __main__"""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
-    TopK conventions cross_entropy functional linear_cross_entropy reference"""
+    TopK calibration conventions cross_entropy distillation functional linear_cross_entropy reference representation"""
 PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss
-    logit_scale softcap row_weight normalizer inplace return_stats backend"""
+    confidence_penalty logit_scale softcap row_weight normalizer inplace return_stats backend"""
 ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "LABELSMOOTH_DEBUG", "TRITON_INTERPRET"}
 SOURCES = [
     path

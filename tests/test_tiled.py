@@ -67,7 +67,7 @@ class Given(NamedTuple):
         eps, eps_rows = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
         prior, others = (smoothing, False) if isinstance(smoothing, Tensor) else (None, smoothing == "others")
         head = (self.target, o.get("weight"), prior, eps, eps_rows, self.g, o.get("ignore_index", -100), others)
-        return *head, False, o.get("z_loss", 0.0), o.get("logit_scale", 1.0), None
+        return *head, False, o.get("z_loss", 0.0), 0.0, o.get("logit_scale", 1.0), None
 
     @property
     def keep(self) -> Tensor:

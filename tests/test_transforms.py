@@ -202,8 +202,9 @@ def step(loss: Callable[..., Tensor], x: Tensor, *call: Any) -> tuple[Tensor, Te
 
 
 EVERY_OPTION: dict[str, Any] = {
-    "label_smoothing": 0.1, "smoothing": "others", "smooth_over": "finite", "z_loss": 0.01, "logit_scale": 1.5,
-    "softcap": 20.0, "row_weight": torch.arange(1.0, 7), "weight": torch.arange(1.0, 38), "ignore_index": -1,
+    "label_smoothing": 0.1, "smoothing": "others", "smooth_over": "finite", "z_loss": 0.01,
+    "confidence_penalty": 0.1, "logit_scale": 1.5, "softcap": 20.0, "row_weight": torch.arange(1.0, 7),
+    "weight": torch.arange(1.0, 38), "ignore_index": -1,
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class Call(NamedTuple):
     others: bool
     finite: bool
     z_loss: float
+    confidence_penalty: float
     logit_scale: float
     softcap: float | None
 
@@ -107,7 +108,8 @@ class Twin:
 
     def gradient(self, logits: Tensor, call: Call, q: Tensor, saved: Tensor, row: Row) -> Tensor:
         zmax, logsum, mass, _ = saved[:, :, None]
-        p = ((row.z - zmax) - logsum).exp()
+        log_p = (row.z - zmax) - logsum
+        p = log_p.exp()
         scale = column(call.row_scale, 1.0, row.z)
         scale = (scale[:1] if self.bug == "R3" else scale) * call.logit_scale
         if call.softcap is not None:
@@ -115,6 +117,7 @@ class Twin:
         more = 2 * call.z_loss * (zmax + logsum)
         mass = torch.ones_like(mass) if self.bug == "R38" else mass
         q = q * (1 + more) if self.bug == "R28" else q
+        more = more + call.confidence_penalty * torch.where(p == 0, 0.0, log_p)
         if self.bug == "R1":
             grad = (scale * ((mass + more) * p)).to(logits.dtype) - (scale * q).to(logits.dtype)
         else:
@@ -143,12 +146,15 @@ class Twin:
         loss = loss + call.z_loss * (zmax + logsum).square()
         counted = q.mean(1, keepdim=True) if self.bug == "R20" else 0.0
         loss = torch.where(row.invalid, torch.nan, torch.where(row.ignored, counted, loss))
-        saved = torch.cat([zmax, logsum, mass, n], 1).T.contiguous()
         nll = row.t.sum(1, keepdim=True) * logsum - dot(row.t)
         nll = torch.where(row.invalid, torch.nan, torch.where(row.ignored, 0.0, nll))
         p = ((row.z - zmax) - logsum).exp()
         entropy = logsum - dot(p)
-        stats = torch.cat([nll, entropy], 1).T[:n_stats].contiguous()
+        loss = torch.where(row.ignored, loss, loss - call.confidence_penalty * entropy)
+        saved = torch.cat([zmax, logsum, mass + call.confidence_penalty * entropy, n], 1).T.contiguous()
+        off = torch.where(p == 0, 0.0, (row.z - zmax) - (logsum - entropy))
+        spread = [(p * off.square()).sum(1, keepdim=True), p.square().sum(1, keepdim=True)]
+        stats = torch.cat([nll, entropy, *spread], 1).T[:n_stats].contiguous()
         prediction = row.z.argmax(1)[: len(row.z) if n_stats else 0]
         grad = self.gradient(logits, call, q, saved, row) if with_grad else logits.new_empty(0)
         saved = saved if n_stats else torch.where(row.ignored[:, 0], 0.0, saved)

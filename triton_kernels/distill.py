@@ -123,7 +123,7 @@ def distill_kernel(
             soft, hard = factor * alpha * temperature, factor * (1.0 - alpha)
             g = _row(grad_ptr, i_row, g_row, VEC)
             n_blocks = (K + BLOCK - 1) // BLOCK
-            for i_block in range(0, n_blocks):
+            for i_block in range(n_blocks):
                 o = (n_blocks - 1 - i_block) * BLOCK + tl.arange(0, BLOCK)
                 b_z = tl.load(x + o, mask=o < n_read, other=none).to(tl.float32)
                 b_t = tl.load(t + o, mask=o < n_read, other=none).to(tl.float32)
@@ -136,20 +136,21 @@ def distill_kernel(
 
 def distill(
     student: Tensor, teacher: Tensor, target: Tensor, prior: Tensor | None, eps: float, eps_rows: Tensor | None,
-    row_scale: Tensor | None, ignore_index: int, others: bool, alpha: float, temperature: float, grad: Tensor | None,
-) -> Tensor:  # fmt: skip
+    row_scale: Tensor | None, ignore_index: int, others: bool, alpha: float, temperature: float, with_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``distill`` of ``labelsmooth_kernels.ops``."""
     n, k = student.shape
-    terms = student.new_empty((2, n), dtype=torch.float32)
+    terms, made = student.new_empty((2, n), dtype=torch.float32), student.new_empty((n, k) if with_grad else 0)
     if n == 0:
-        return terms
-    tensors = [student, teacher] if grad is None else [student, teacher, grad]
+        return terms, made
+    grad = made if with_grad else None
+    tensors = [student, teacher, made] if with_grad else [student, teacher]
     vec = 16 // student.element_size()
-    whole = all(v.data_ptr() % 16 == 0 and v.stride(0) % vec == 0 for v in tensors) and k % vec == 0
+    whole = all(v.data_ptr() % 16 == 0 and v.stride(0) % vec == 0 for v in tensors)
     strides = [0 if v is None or v.numel() == 1 else 1 for v in (eps_rows, row_scale)]
-    rows = (student.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0))
+    rows = (student.stride(0), teacher.stride(0), k)
     pointers = (student, teacher, grad, target, prior, eps_rows, row_scale, terms)
     numbers = (n, k, *rows, eps, *strides, ignore_index, int(others), alpha, temperature)
     plan = launch.distill_plan(student, k)
     launch.start(distill_kernel, plan, n, (*pointers, *numbers), VEC=vec if whole else 1, HARD=alpha != 1)
-    return terms
+    return terms, made

@@ -41,10 +41,14 @@ from labelsmooth_kernels import calibration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from matplotlib.axes import Axes
     from torch import Tensor
 
 Record = dict[str, Any]  # study, method, eps, seed, and numbers or lists of numbers
 Pair = tuple["Tensor", "Tensor"]
+# Figures are evaluated by the plain PyTorch statement of the loss: with a logit_scale the C++ kernels round some
+# confidences to a little more than 1, which calibration refuses. Training goes through the kernels.
+BACKEND = "reference"
 START = time.perf_counter()
 
 METHODS: dict[str, Callable[[float, Tensor], dict[str, Any]]] = {
@@ -110,15 +114,18 @@ def measure(validation: Pair, test: Pair, linear_weight: Tensor | None = None) -
     """Accuracy and calibration on test data, as they are and after the temperature that suits the validation data best.
 
     Each pair is (logits, target), or (hidden, target) with the ``linear_weight`` of the head. Where no temperature is
-    best (every validation row is right) the scaled figures are NaN, and tables leave such a seed out.
+    best (every validation row is right, and surer still at T → 0) the scaled figures are NaN, and tables leave such a
+    seed out.
     """
-    plain = calibration.evaluate(*test, linear_weight)
+    plain = calibration.evaluate(*test, linear_weight, backend=BACKEND)
     found = {"accuracy": plain.accuracy, "nll": plain.nll, "ece": plain.ece, "brier": plain.brier}
     try:
-        temperature = calibration.fit_temperature(*validation, linear_weight).temperature
-    except lsk.ArgumentError:
+        temperature = calibration.fit_temperature(*validation, linear_weight, backend=BACKEND).temperature
+    except lsk.ArgumentError as error:
+        if "temperature suits" not in str(error):
+            raise
         return {**found, "temperature": math.nan, "nll_scaled": math.nan, "ece_scaled": math.nan}
-    scaled = calibration.evaluate(*test, linear_weight, logit_scale=1 / temperature)
+    scaled = calibration.evaluate(*test, linear_weight, logit_scale=1 / temperature, backend=BACKEND)
     return {**found, "temperature": temperature, "nll_scaled": scaled.nll, "ece_scaled": scaled.ece}
 
 
@@ -209,14 +216,26 @@ class Gap(NamedTuple):
             return f"not told apart (difference {_with_margin(self.mean, self.margin, self.spec)}, {self.seeds} seeds)"
         return f"{'higher' if self.sign > 0 else 'lower'} by {size} ({self.seeds} seeds)"
 
+    def against(self, expected: int, source: str = "the paper") -> str:
+        """The difference, and whether its sign is the ``expected`` one of ``source``."""
+        says = {expected: f"as in {source}", -expected: f"the opposite of {source}"}
+        return f"{self}: {says.get(self.sign, 'no such effect is seen at this size')}"
 
-def gap(records: Sequence[Record], key: str, first: Mapping[str, Any], second: Mapping[str, Any] | str) -> Gap:
+
+def gap(
+    records: Sequence[Record],
+    key: str,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any] | str,
+    other_key: str | None = None,
+) -> Gap:
     """``key`` of the models that ``first`` selects less that of ``second``'s, paired by seed: data and initial weights
     are the same in a pair, so that their spread does not drown the difference.
 
-    ``second`` may also be another key of the same models, such as "ece_scaled" against "ece".
+    ``second`` may also be another key of the same models, such as "ece_scaled" against "ece"; and with ``other_key`` it
+    is that key of the second models.
     """
-    other, other_key = (first, second) if isinstance(second, str) else (second, key)
+    other, other_key = (first, second) if isinstance(second, str) else (second, other_key or key)
     left, right = _by_seed(records, key, first), _by_seed(records, other_key, other)
     both = [s for s in left if left[s] is not None and right.get(s) is not None]
     mean, deviation = spread([left[s] - right[s] for s in both])
@@ -312,3 +331,27 @@ def figure(rows: int, columns: int) -> Figure:
 def save_figure(out: Path, name: str, fig: Figure) -> None:
     out.mkdir(parents=True, exist_ok=True)
     fig.savefig(out / f"{name}.png", dpi=130)
+
+
+def draw_over(axes: Axes, records: Sequence[Record], x: str, key: str, **look: Any) -> None:
+    """The mean of ``key`` over seeds against the key ``x``, with its standard deviation."""
+    at = sorted({r[x] for r in records})
+    found = [spread(values(select(records, **{x: value}), key)) for value in at]
+    deviations = [0.0 if math.isnan(deviation) else deviation for _, deviation in found]
+    axes.errorbar(at, [mean for mean, _ in found], deviations, marker=".", capsize=2, **look)
+
+
+def reliability_points(calibrated: calibration.Calibration) -> list[list[float]]:
+    """[rows, mean confidence, accuracy] of the bins of equal width, as numbers for a record."""
+    bins = calibrated.reliability()
+    return [part.nan_to_num().tolist() for part in (bins.rows, bins.confidence, bins.accuracy)]
+
+
+def draw_reliability(axes: Axes, points: Sequence[list[list[float]]], **look: Any) -> None:
+    """One line of a reliability diagram, the rows of several seeds taken together."""
+    rows, confidence, accuracy = torch.tensor(points, dtype=torch.float64).transpose(0, 1)
+    seen = rows.sum(0) >= 20  # fewer make a point that jumps
+    x, y = ((part * rows).sum(0)[seen] / rows.sum(0)[seen] for part in (confidence, accuracy))
+    axes.plot((0, 1), (0, 1), color="0.6", linewidth=1, zorder=1)
+    axes.plot(x, y, marker=".", **look)
+    axes.set(xlabel="confidence", ylabel="accuracy")

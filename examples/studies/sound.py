@@ -13,21 +13,26 @@ import shutil
 import subprocess
 import wave
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
 # Many differ in one sound only, so that a word is sometimes hard to tell. The earlier ones are said more often.
-WORDS = """seven bat nine pen light ship five bid ten cat zero fin three cup right sheep one dog pat four bet mine chip
-bin two cot time six pin night seat thin yes bed line cap stop bad fine cheap eight dime sit no pet fight cut left bit
-den go cab dock sat up beat pad down set might""".split()
-ACCENTS = ("en-us", "en-gb")
+SAID = (
+    "seven bat nine pen light ship five bid ten cat zero fin three cup right sheep one dog pat four bet mine "
+    "chip bin two cot time six pin night seat thin yes bed line cap stop bad fine cheap eight dime sit no pet "
+    "fight cut left bit den go cab dock sat up beat pad down set might"
+)
+ACCENTS = ("en-us", "en", "en-gb-scotland")  # "en-gb" is another name of "en" that takes no variant: one voice for all
 VARIANTS = {
-    "training": ("m1", "m2", "m3", "m4", "f1", "f2", "f3"),
-    "validation": ("m5", "m8", "f5"),
+    "training": ("m1", "m2", "m3", "m4", "f1", "f2"),
+    "validation": ("m5", "f3", "klatt2"),
     "test": ("m6", "m7", "f4", "klatt"),
 }
 SPLITS = tuple(VARIANTS)
@@ -68,11 +73,16 @@ class Corpus:
 
 def read(path: Path) -> tuple[Tensor, int]:
     """(samples in [-1, 1), samples per second) of a WAV of 16 bits; several channels become their mean."""
-    with wave.open(str(path)) as file:
-        if file.getsampwidth() != 2:
-            raise SystemExit(f"{path} must have 16 bits per sample, got {8 * file.getsampwidth()}")
-        samples = torch.frombuffer(bytearray(file.readframes(file.getnframes())), dtype=torch.int16)
-        return samples.reshape(-1, file.getnchannels()).float().mean(1) / 2**15, file.getframerate()
+    try:
+        with wave.open(str(path)) as file:
+            channels, width, rate, frames, *_ = file.getparams()
+            content = bytearray(file.readframes(frames))
+    except (wave.Error, EOFError) as error:
+        raise SystemExit(f"{path} must be a WAV of 16-bit samples: {error}") from error
+    if width != 2 or not content:
+        raise SystemExit(f"{path} must be a WAV of 16-bit samples, got {len(content)} bytes of {8 * width} bits each")
+    samples = torch.frombuffer(content, dtype=torch.int16)
+    return samples.reshape(-1, channels).float().mean(1) / 2**15, rate
 
 
 def write(path: Path, signal: Tensor, rate: int) -> None:
@@ -109,9 +119,11 @@ def log_mel(signal: Tensor, rate: int) -> Tensor:
 
 
 def spoken(cache: Path, takes: int) -> Corpus:
-    """Words spoken by espeak-ng, the most frequent ``takes`` times by each training voice and the rest less often."""
+    """SAID, spoken by espeak-ng: the most frequent word ``takes`` times by each voice, the rest less often."""
+    words = SAID.split()
     program = shutil.which("espeak-ng")
-    assert program is not None, "the caller looks for the program"
+    if program is None:
+        raise SystemExit("--source espeak needs espeak-ng: apt-get install espeak-ng, brew install espeak-ng")
 
     def say(path: Path, word: str, speaker: str, generator: torch.Generator) -> None:
         speed, pitch = torch.randint(120, 221, (), generator=generator), torch.randint(20, 81, (), generator=generator)
@@ -120,8 +132,8 @@ def spoken(cache: Path, takes: int) -> Corpus:
 
     speakers = {split: [f"{a}+{v}" for v in variants for a in ACCENTS] for split, variants in VARIANTS.items()}
     folder = cache / f"espeak-{takes}"
-    recorded = record(folder, WORDS, speakers, takes, say)
-    return Corpus(f"{len(WORDS)} English words spoken by espeak-ng", WORDS, recorded, 0.65)
+    recorded = record(folder, words, speakers, takes, say)
+    return Corpus(f"{len(words)} English words spoken by espeak-ng", words, recorded, 0.65)
 
 
 def toned(cache: Path, takes: int) -> Corpus:
@@ -146,7 +158,9 @@ def toned(cache: Path, takes: int) -> Corpus:
 
     speakers = {split: [f"{split}{i}" for i in range(n)] for split, n in zip(SPLITS, (6, 3, 4), strict=True)}
     recorded = record(cache / f"tones-{takes}", words, speakers, takes, sound)
-    return Corpus(f"{len(words)} pairs of synthetic vowels (**not speech**: tones under two formants)", words, recorded, seconds)
+    return Corpus(
+        f"{len(words)} pairs of synthetic vowels (**not speech**: tones under two formants)", words, recorded, seconds
+    )
 
 
 def record(
@@ -175,15 +189,18 @@ def record(
     return files
 
 
-def folder_of_words(folder: Path) -> Corpus:
-    """Any folder WORD/SPEAKER_TAKE.wav; of the speakers (names up to the first underscore) a fifth is for the test and a
-    tenth for validation, by a hash of the name, so that the parts do not change when files are added."""
+def folder_of_words(folder: Path, most: int) -> Corpus:
+    """Any folder WORD/SPEAKER_TAKE.wav; of the speakers (names up to the first underscore) a fifth is for the test and
+    a tenth for validation, by a hash of the name, so that the parts do not change when files are added. Of each word
+    at most ``most`` recordings are taken, by a hash as well."""
+    if not folder.is_dir():
+        raise SystemExit(f"--wav {folder} must be a folder")
     words = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("*.wav")))
     if len(words) < 2:
         raise SystemExit(f"--wav {folder} must hold at least two folders, one for each word, of .wav files")
     files: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for word in words:
-        for path in sorted((folder / word).glob("*.wav")):
+        for path in sorted((folder / word).glob("*.wav"), key=lambda path: zlib.crc32(path.stem.encode()))[:most]:
             tenth = zlib.crc32(path.stem.split("_")[0].encode()) % 10
             files[SPLITS[2 if tenth < 2 else 1 if tenth < 3 else 0]].append(path)
     empty = [split for split, paths in files.items() if not paths]
