@@ -76,7 +76,7 @@ doctor: .venv/built
 	$(PYTHON) -m venv .venv
 	grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH) setuptools wheel ninja pybind11 build
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark hypothesis ruff mypy clang-format matplotlib tqdm
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark hypothesis ruff mypy clang-format matplotlib tqdm torchmetrics scikit-learn sacrebleu
 	touch $@
 
 .venv/mode-$(BUILD): .venv/deps

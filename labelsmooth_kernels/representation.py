@@ -142,5 +142,5 @@ def mutual_information(values: Tensor) -> float:
         if variance > 0:
             total += (-own / (2 * variance) - torch.logsumexp(-far / (2 * variance), 1)).sum()
         else:  # no noise: only inputs of exactly the same number are mistaken for each other
-            total -= (far == 0).sum(1).log().sum()
+            total -= (far == 0).sum(1).double().log().sum()
     return math.log(len(y)) + float(total) / y.numel()

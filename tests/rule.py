@@ -227,8 +227,8 @@ def judge_grad(problem: Problem, want: Expected, grad: Tensor, roundings: int = 
 
 
 def judge_stats(problem: Problem, stats: RowStats) -> None:
-    """nll, lse, confidence, prediction, and where given entropy, variance and collision; ignored rows have nll 0 and else
-    count like others."""
+    """nll, lse, confidence, prediction, and where given entropy, variance and collision; ignored rows have nll 0
+    and else count like others."""
     transforms = {name: problem.options[name] for name in ("logit_scale", "softcap") if name in problem.options}
     unsmoothed = problem._replace(options=transforms | {"ignore_index": problem.options.get("ignore_index", -100)})
     want = expect(unsmoothed, torch.ones(len(problem.target), dtype=torch.float64, device=problem.target.device))

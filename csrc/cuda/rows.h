@@ -207,6 +207,15 @@ LSK_DEVICE void count(Moments<V>& m, V weight, V dev) {
   m.dev += weighted(weight, dev);
 }
 
+template <class V>
+LSK_DEVICE void count(Spread<V>& s, V e, V dev, bool all) {
+  const V first = weighted(e, dev);
+  s.first += first;
+  if (!all) return;
+  s.second += weighted(first, dev);
+  s.square += e * e;
+}
+
 // The sums of one thread. That of exponentials is held in two numbers: beside the 1 of a maximum each of thousands of
 // small terms would be rounded, and they are all that the loss of a confident row consists of.
 template <class T, bool kGeneral>
@@ -265,12 +274,7 @@ class Sums {
     LSK_LANES(j) {
       const V dev = z[j] - shift, e = exp(dev);
       sum += e;
-      const V de = weighted(e, dev);
-      s.spread.first += de;
-      if (call.variance) {
-        s.spread.second += weighted(de, dev);
-        s.spread.square += e * e;
-      }
+      count(s.spread, e, dev, bool(call.variance));
       count(s.rest, call.finite && z[j] == -V(INFINITY) ? V(0) : rest.v[j], dev);
     }
     add_exact(sum);

@@ -336,13 +336,16 @@ def calibration_text(records: list[common.Record]) -> str:
     heat = [common.spread(common.values(of(records, method), "temperature"))[0] for method in ("hard", "uniform")]
     sure = [f"{'over' if t > 1 else 'under'}confident (T = {t:.2f})" for t in heat]
     floor = common.spread(common.values(of(records, "hard"), "ece_floor"))[0]
+    tried = sorted({r["eps"] for r in records if r["eps"] > 0})
+    against = [common.gap(records, "ece", {"method": "uniform", "eps": eps}, hard) for eps in tried]
     return (
         f"On average the network is {sure[0]} with hard targets and {sure[1]} with ε = {EPS}. Smoothed against hard, "
         f"both scaled: the ECE is {common.gap(records, 'ece_scaled', uniform, hard)}, the NLL "
         f"{common.gap(records, 'nll_scaled', uniform, hard)}. Smoothed, unscaled, against hard, scaled, the ECE is "
         f"{common.gap(records, 'ece', uniform, hard, other_key='ece_scaled')}. The ECE is not 0 even for a perfect "
         "forecast of so few rows: had the scaled hard network's probabilities been the truth, it would be "
-        f"{floor:.2%} on average."
+        f"{floor:.2%} on average.\n\nECE with uniform smoothing against hard targets, both unscaled:\n\n"
+        + "\n".join(f"- ε = {eps:g}: {found}." for eps, found in zip(tried, against, strict=True))
     )
 
 

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 NAME, VOCABULARY, EPS = "text", 32_000, 0.1
 WIDTH, NARROW = 64, 32  # of the models and of their students
 ROWS = 16  # windows of 64 words per batch: 1,024 rows of logits
+BLOCK = 5000  # words: about a file
 COMMON = 100  # classes whose clusters are measured
 TEACHERS = ("none", "hard", "uniform")
 common.BACKEND = None  # the plain statement of the loss would hold all logits at once
@@ -73,7 +74,7 @@ class Size(NamedTuple):
     """batches of the validation files, and as many of the test files"""
 
 
-FULL, QUICK = Size(16, 6, 5), Size(5, 2, 2)
+FULL, QUICK = Size(16, 6, 5), Size(6, 2, 2)
 
 
 class Data(NamedTuple):
@@ -119,7 +120,7 @@ def train(model: Model, loss: Loss, data: Data, size: Size) -> list[float]:
     """One-cycle Adam over the windows, ``size.epochs`` times; returns the validation NLL after each."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     steps = size.epochs * len(data.train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.12)
     curve = []
     for _ in range(size.epochs):
         for i in torch.randperm(len(data.train)).tolist():
@@ -156,13 +157,13 @@ def examine(model: Model, data: Data) -> dict[str, Any]:
 
 
 def read(size: Size) -> tuple[Callable[[int], Data], dict[str, int]]:
-    """The data of a seed, and what there is. Every 20th file is held out; of these, in the order of their paths, the
-    first half of the words validates and the second tests, so that one file at most is in both."""
+    """The data of a seed, and what there is. Every 20th file is held out. Of their words, stretches of BLOCK validate
+    and test in turn: halves would differ in kind, as files that lie together do, and a temperature with them."""
     words, held_out = read_words(VOCABULARY)
     counts = torch.bincount(words, minlength=VOCABULARY)
-    middle = len(held_out) // 2
-    validation = batches(held_out[:middle], size.measured, ROWS, "cpu", seed=1)
-    test = batches(held_out[middle:], size.measured, ROWS, "cpu", seed=2)
+    blocks = held_out[: len(held_out) // (2 * BLOCK) * 2 * BLOCK].view(-1, 2, BLOCK)
+    validation = batches(blocks[:, 0].flatten(), size.measured, ROWS, "cpu", seed=1)
+    test = batches(blocks[:, 1].flatten(), size.measured, ROWS, "cpu", seed=2)
     about = {"words": len(words), "held_out": len(held_out), "tested": sum(len(target) for _, target in test)}
     return lambda seed: Data(counts, batches(words, size.windows, ROWS, "cpu", seed=10 + seed), validation, test), about
 
@@ -201,8 +202,8 @@ def what_was_done(about: dict[str, Any]) -> str:
     return f"""
 Next-word prediction on the sources and documentation of the Python standard library: words and punctuation, a
 vocabulary of {VOCABULARY:,}. There are {about["words"]:,} words in the training files and {about["held_out"]:,} in
-every 20th file, which is held out: temperatures are fitted on words of the first half of these files and everything is
-measured on {about["tested"]:,} words of the second. A model sees {tokens:,} words of the training files,
+every 20th file, which is held out. Stretches of {BLOCK:,} of the held-out words serve in turn for fitting temperatures
+and for measuring, on {about["tested"]:,} words each. A model sees {tokens:,} words of the training files,
 {about["epochs"]} times: windows of 64, drawn anew for each seed. It is a tied embedding of width {WIDTH} with one
 causal convolution over 8 words.
 
@@ -248,9 +249,10 @@ def caveats(records: list[Record]) -> str:
 The hard models' NLL is {train:.2f} on words they were trained on and {test:.2f} on the test files: a gap of
 {test - train:.2f} nats. Models that see each word once, as large ones do, have next to none, and then plain targets are
 well calibrated by themselves. *others* is *uniform* with ε larger by a factor of 1 + 1/{VOCABULARY - 1:,}: the two
-differ by no more than rounding, grown by training. A large part of the rows are punctuation, and words outside of the
-vocabulary count as one class. Tightness is that of test words of the {COMMON} commonest classes. Students have as many
-steps as their teachers, which are few: one that imitates probabilities may need more of them than one that is told.
+differ by no more than rounding, grown by training, and one hides the other in the plots. A large part of the rows are
+punctuation, and words outside of the vocabulary count as one class. Tightness is that of test words of the {COMMON}
+commonest classes. Students have as many steps as their teachers, which are few: one that imitates probabilities may
+need more of them than one that is told.
 """
 
 

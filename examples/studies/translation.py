@@ -134,7 +134,7 @@ def batches(pairs: list[tuple[list[int], list[int]]], size: int) -> list[Batch]:
 
 def train(model: Model, data: list[Batch], options: dict[str, Any], epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * len(data), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * len(data), pct_start=0.12)
     for _ in range(epochs):
         for i in torch.randperm(len(data)).tolist():
             source, given, target = data[i]
