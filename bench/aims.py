@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import linear, logits
 from .peers import AT_LOGITS, FUSED, LIGER
 from .results import key
+from .training import COMPOSED, TEMPERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +79,12 @@ def of_cpu(group: str, case: str, sizes: dict[str, Any], rows: Rows) -> Iterator
             beyond = None if extra is None else (extra - result) / sizes["n"]
             bound = BYTES_PER_ROW + BYTES_ONCE / sizes["n"]
             yield Aim(case, f"{name}: bytes per row beyond logits and gradient", beyond, bound, False)
+    if group == TEMPERED:
+        yield Aim(case, "times as fast as PyTorch's functions", times(rows, COMPOSED, logits.OURS), 3, True)
+        extra = figure(rows, logits.OURS, "extra_bytes")
+        beyond = None if extra is None else (extra - sizes["gradient_bytes"]) / sizes["n"]
+        bound = BYTES_PER_ROW + BYTES_ONCE / sizes["n"]
+        yield Aim(case, "bytes per row beyond logits and gradient", beyond, bound, False)
     if group == "calls":
         yield Aim(case, "time over F.cross_entropy's", times(rows, logits.OURS, logits.EAGER), 1.5, False)
     if group == "options":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import aims, linear, logits, plot, results
 from .results import ROOT
+from .training import TEMPERED
 
 if TYPE_CHECKING:
     import argparse
@@ -131,7 +132,7 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
         "smoothing": [pivot(mine, "cost of smoothing", ratio_cell)],
         "others": [
             pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell)
-            for name in ("few rows", "calls", "layouts", "distillation", "training step", "recompilations")
+            for name in ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", "recompilations")
         ],
     }
     made = {f"{device} {name}": "\n\n".join(t.markdown() for t in found if t.rows) for name, found in tables.items()}

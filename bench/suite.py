@@ -10,7 +10,7 @@ from .harness import Case, Task
 from .linear import Linear
 from .logits import Logits
 from .options import Layout, Options
-from .training import Distillation, TrainingStep
+from .training import TEMPERED, Distillation, Tempered, TrainingStep
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -50,6 +50,7 @@ def cpu() -> list[Entry]:
         Entry(Layout(4096), Case("layouts", 4096, 8000, dtype=F32)),
     ]
     found.append(Entry(Distillation(), Case("distillation", 512, 32000, dtype=F32, eps=0.0)))
+    found.append(Entry(Tempered(), Case(TEMPERED, 512, 32000, dtype=F32)))
     found.append(Entry(TrainingStep(), Case("training step", 512, 32000, 256, F32), 2))
     head, quick = Linear(with_peers=False), Linear(with_peers=False, with_chunks=False)
     found += [Entry(head, Case("linear", 2048, 32000, 512, t), 5) for t in (F32, BF16)]
@@ -86,6 +87,7 @@ def cuda() -> list[Entry]:
     found.append(Entry(Options(), Case("options", 8192, 32000, device="cuda"), 2))
     found.append(Entry(Layout(16), Case("layouts", 8192, 32000, device="cuda")))
     found.append(Entry(Distillation(), Case("distillation", 4096, 32000, device="cuda", eps=0.0)))
+    found.append(Entry(Tempered(), Case(TEMPERED, 4096, 32000, device="cuda")))
     found.append(Entry(TrainingStep(), Case("training step", 8192, 128256, 1024, device="cuda")))
     return found
 
@@ -105,6 +107,7 @@ def smoke(device: str) -> list[Entry]:
         Entry(Linear(with_peers=device == "cuda"), Case("linear", 96, 5000, 64, F32, device)),
         Entry(Linear(own=True), Case("cost of smoothing", 96, 5000, 64, BF16, device)),
         Entry(Distillation(), Case("distillation", 32, 4096, dtype=F32, device=device, eps=0.0)),
+        Entry(Tempered(with_compile=False), Case(TEMPERED, 32, 4096, dtype=F32, device=device)),
         Entry(TrainingStep(32), Case("training step", 64, 1000, 64, F32, device)),
     ]
 

@@ -17,12 +17,13 @@ import labelsmooth_kernels as lsk
 from . import inputs as data
 from . import peers
 from .harness import IGNORED, Case, Inputs, Provider, Results, Row, losing, reason
-from .logits import KERNELS, copies, eager
+from .logits import COMPILED, KERNELS, copies, eager
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS = "ours"
+TEMPERED, COMPOSED = "distillation at a temperature", "F.kl_div and F.cross_entropy"
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # ‖gradient - expected‖ / ‖expected‖
 
 
@@ -62,6 +63,50 @@ class Distillation:
         t = inputs.target.double()
         p = inputs.originals[0].double().softmax(-1)
         return {"gradient": distance(results[1:], ((p * t.sum(-1, keepdim=True) - t) / case.n,))}
+
+    def limits(self, case: Case, provider: Provider) -> dict[str, float]:
+        return {"gradient": LIMITS[case.dtype]}
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Student logits against a teacher's logits at a temperature, and the smoothed loss of the targets."""
+
+    with_compile: bool = True
+    baseline: str = OURS
+    temperature: float = 2.0
+    alpha: float = 0.5
+
+    def inputs(self, case: Case, seed: int) -> Inputs:
+        rng = torch.Generator(case.device).manual_seed(seed)
+        y = data.targets(case, rng)
+        student, teacher = (data.logits(case, y, rng) for _ in range(2))
+        return Inputs((student.clone().requires_grad_(),), (student,), (teacher, y))
+
+    def composed(self, x: Tensor, target: tuple[Tensor, Tensor], eps: float) -> Tensor:
+        teacher, y = target
+        log_p, p_t = F.log_softmax(x / self.temperature, -1), F.softmax(teacher / self.temperature, -1)
+        divergence = F.kl_div(log_p, p_t, reduction="batchmean")
+        hard = F.cross_entropy(x, y, label_smoothing=eps)
+        return self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * hard
+
+    def providers(self, case: Case) -> list[Provider]:
+        def ours(x: Tensor, target: tuple[Tensor, Tensor], eps: float) -> Tensor:
+            mix: dict[str, Any] = {"temperature": self.temperature, "alpha": self.alpha, "label_smoothing": eps}
+            return lsk.distillation.distillation_loss(x, *target, **mix)
+
+        found = [losing(OURS, ours, case), losing(COMPOSED, self.composed, case), *copies(case)]
+        if self.with_compile:
+            torch.compiler.reset()
+            found.insert(2, losing(COMPILED, torch.compile(self.composed, dynamic=False), case))
+        return found
+
+    def errors(self, case: Case, provider: Provider, inputs: Inputs, results: Results) -> dict[str, float]:
+        teacher, y = inputs.target
+        x = inputs.originals[0].double().requires_grad_()
+        return {
+            "gradient": distance(results[1:], torch.autograd.grad(self.composed(x, (teacher.double(), y), case.eps), x))
+        }
 
     def limits(self, case: Case, provider: Provider) -> dict[str, float]:
         return {"gradient": LIMITS[case.dtype]}
