@@ -11,10 +11,15 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo test lint aot cuda sanitize bench report gpu doctor clean
+.PHONY: demo study test lint aot cuda sanitize bench report gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
+
+# What label smoothing does to a classifier of images and to a language model, small: pages and pictures in out/study.
+study: .venv/built
+	$(BIN)/python examples/studies/digits.py --quick --out $(OUT)/study $(STUDY)
+	$(BIN)/python examples/studies/text.py --quick --out $(OUT)/study $(STUDY)
 
 test: .venv/built
 	$(BIN)/python -m labelsmooth_kernels

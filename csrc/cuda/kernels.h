@@ -61,7 +61,10 @@ struct Team {
   // Of `count` adjacent lanes.
   template <bool kGeneral, class V>
   __device__ static Stats<V> over_lanes(Stats<V> s, int count) {
-    for (int mask = 1; mask < count; mask *= 2) s = merge(s, kGeneral ? exchange(s, mask) : exchange_plain(s, mask));
+    for (int mask = 1; mask < count; mask *= 2) {
+      s = merge(s, kGeneral ? exchange(s, mask) : exchange_plain(s, mask));
+      if (!kGeneral) s.spread = {0, 0, 0};
+    }
     return s;
   }
   // Without the sums that only options have.

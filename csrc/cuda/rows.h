@@ -239,6 +239,7 @@ class Sums {
     if (top > s.max) {
       low = rescale(low, s.max, top);
       s = seen_from(s, top);
+      if (!kGeneral) s.spread = {0, 0, 0};  // as it was, which the compiler does not see
       int first = 0;
       for (int j = N - 1; j >= 0; --j) first = z[j] == top ? j : first;
       s.best = k + first;

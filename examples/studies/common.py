@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]  # study, method, eps, seed, and numbers or lists of numbers
 Pair = tuple["Tensor", "Tensor"]
-# Figures are evaluated by the plain PyTorch statement of the loss: with a logit_scale the C++ kernels round some
-# confidences to a little more than 1, which calibration refuses. Training goes through the kernels.
-BACKEND = "reference"
 START = time.perf_counter()
 
 METHODS: dict[str, Callable[[float, Tensor], dict[str, Any]]] = {
@@ -117,15 +114,15 @@ def measure(validation: Pair, test: Pair, linear_weight: Tensor | None = None) -
     best (every validation row is right, and surer still at T → 0) the scaled figures are NaN, and tables leave such a
     seed out.
     """
-    plain = calibration.evaluate(*test, linear_weight, backend=BACKEND)
+    plain = calibration.evaluate(*test, linear_weight)
     found = {"accuracy": plain.accuracy, "nll": plain.nll, "ece": plain.ece, "brier": plain.brier}
     try:
-        temperature = calibration.fit_temperature(*validation, linear_weight, backend=BACKEND).temperature
+        temperature = calibration.fit_temperature(*validation, linear_weight).temperature
     except lsk.ArgumentError as error:
         if "temperature suits" not in str(error):
             raise
         return {**found, "temperature": math.nan, "nll_scaled": math.nan, "ece_scaled": math.nan}
-    scaled = calibration.evaluate(*test, linear_weight, logit_scale=1 / temperature, backend=BACKEND)
+    scaled = calibration.evaluate(*test, linear_weight, logit_scale=1 / temperature)
     return {**found, "temperature": temperature, "nll_scaled": scaled.nll, "ece_scaled": scaled.ece}
 
 

@@ -198,11 +198,9 @@ def drawn_of(teacher: Teacher, data: Data, temperature: float, seed: int) -> dic
     logits = teacher(images)
     found: dict[str, Any] = {}
     for key, scale in (("reliability", 1.0), ("reliability_scaled", 1 / temperature)):
-        scaled = calibration.evaluate(logits, target, bins=10, logit_scale=scale, backend=common.BACKEND)
+        scaled = calibration.evaluate(logits, target, bins=10, logit_scale=scale)
         found[key] = common.reliability_points(scaled)
-    found["nll_over_t"] = [
-        calibration.evaluate(logits, target, logit_scale=1 / t, backend=common.BACKEND).nll for t in TEMPERATURES
-    ]
+    found["nll_over_t"] = [calibration.evaluate(logits, target, logit_scale=1 / t).nll for t in TEMPERATURES]
     if seed == 0:
         plane = representation.template_plane(teacher.head.weight, PLANE)
         for part, (images, target) in zip(("train", "validation"), data[:2], strict=True):

@@ -4,7 +4,7 @@ Small models are trained for several epochs on few windows of the text, so that 
 about, and measured on files of which they saw nothing. Then narrower students learn from the models alone. Logits never
 exist as a whole: loss, temperature, calibration and the teacher of a student take hidden states and the head.
 
-    python examples/studies/text.py             # about 10 minutes on one core; page, plots and records in docs/studies
+    python examples/studies/text.py             # about 12 minutes on one core; page, plots and records in docs/studies
     python examples/studies/text.py --quick     # about a minute
 """
 
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where train_lm lies, which reads the same text
-import common
 from common import (
     COLOURS,
     MEASURED,
@@ -62,7 +61,6 @@ ROWS = 16  # windows of 64 words per batch: 1,024 rows of logits
 BLOCK = 5000  # words: about a file
 COMMON = 100  # classes whose clusters are measured
 TEACHERS = ("none", "hard", "uniform")
-common.BACKEND = None  # the plain statement of the loss would hold all logits at once
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of words, hidden, weight and target
 
 

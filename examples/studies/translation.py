@@ -4,7 +4,7 @@ A small transformer learns to translate short English messages, with and without
 probabilities of words is measured as in the other studies; what it does to translations, by BLEU with one beam and
 with four, and beside it what a temperature alone does to those of the model with hard targets.
 
-    python examples/studies/translation.py                         # the catalogues of this machine, German
+    python examples/studies/translation.py                         # this machine's catalogues, German; 15 to 20 minutes
     python examples/studies/translation.py --language fr --catalogues DIR ...
     python examples/studies/translation.py --quick                 # about a minute, on a generated corpus
 
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from catalogues import BEGIN, END, PAD, Corpus, Subwords, corpus, default_folders
 from common import (
-    BACKEND,
     COLOURS,
     MEASURED,
     METHODS,
@@ -213,7 +212,7 @@ def examine(model: Model, cut: Subwords, data: Corpus, validation: list[Batch], 
         "bleu": score.score,
         "bleu_scaled": scaled,
         "length": score.sys_len / score.ref_len,
-        "bins": reliability_points(calibration.evaluate(hidden, target, weight, backend=BACKEND)),
+        "bins": reliability_points(calibration.evaluate(hidden, target, weight)),
         "samples": list(zip(sources, references, beams, strict=True))[:SAMPLES],
     }
 
