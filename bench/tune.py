@@ -59,7 +59,7 @@ def under(case: Case, plan: dict[str, Any]) -> Provider:
 
     def step(inputs: Inputs) -> Results:
         with launch.override(**plan) if plan else contextlib.nullcontext():
-            row = (inputs.target, None, None, EPS, None, scale, IGNORED, False, False, 0.0, 1.0, None)
+            row = (inputs.target, None, None, EPS, None, scale, IGNORED, False, False, 0.0, 0.0, 1.0, None)
             loss, *_, grad = kernels.forward(inputs.leaves[0].detach(), *row, case.backward, 0)
         return loss.mean(), *((grad,) if case.backward else ())
 

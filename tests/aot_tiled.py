@@ -58,7 +58,7 @@ def call(linear: Any, everything: bool, dtype: str) -> None:
     hidden, weight, bias = new(N, D, **half), new(K, D, **half), new(K, **half) if everything else None
     target = new(N, dtype=torch.int64)
     given = (new(K), new(K), 0.1, new(N), new(N)) if everything else (None, None, 0.1, None, new(1))
-    row = (target, *given, -100, False, False, 1e-4, 1.0, None)
+    row = (target, *given, -100, False, False, 1e-4, 0.0, 1.0, None)
     linear.forward(hidden, weight, bias, *row, int(everything))
     filter_eps = 2.0**-12 if everything else 0.0
     linear.backward(hidden, weight, bias, *row, new(4, N), filter_eps, True, True, everything)

@@ -213,11 +213,11 @@ def calls(name: str, logits: Tensor, target: Tensor, full: bool) -> list[tuple[A
         target = positive(N, K).to(logits)
     vectors = (positive(K).float().to(device), positive(K).float().to(device)) if full else (None, None)
     eps, scale = (positive(N).float().to(device), upstream_for(N, device)) if full else (None, None)
-    row = (target, *vectors, 0.1, eps, scale, -100, False, full, 0.1, 1.5, 5.0 if full else None)
+    row = (target, *vectors, 0.1, eps, scale, -100, False, full, 0.1, 0.2 if full else 0.0, 1.5, 5.0 if full else None)
     z = logits * 1.5 if not full else 5.0 * torch.tanh(logits * 1.5 / 5.0)
     saved = torch.stack([z.amax(1), torch.logsumexp(z - z.amax(1, keepdim=True), 1), *torch.ones(2, N, device=device)])
     return {
-        "forward": [(logits, *row, grad, stats) for grad in (False, True) for stats in (0, 1, 2)],
+        "forward": [(logits, *row, grad, stats) for grad in (False, True) for stats in (0, 1, 2, 4)],
         "forward_": [(logits.clone(), *row, stats) for stats in (0, 2)],
         "backward": [(logits, *row, saved)],
         "backward_": [(logits.clone(), *row, saved)],

@@ -82,7 +82,7 @@ def test_tiled_compiled_as_eager() -> None:
 def test_opcheck(name: str) -> None:
     op = getattr(torch.ops.labelsmooth_kernels, f"tiled_{name}").default
     hidden, weight, bias, y = (t.detach() for t in operands(9, 8, 30, PLACE))
-    row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 1.0, None)
+    row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 0.0, 1.0, None)
     saved = torch.stack([torch.randn(9), torch.rand(9) + 1, torch.ones(9), torch.full((9,), 30.0)]).to(y.device)
     for last in (
         ((0,), (1,)) if name == "forward" else ((saved, 0.0, True, True, True), (saved, 1e-3, False, True, False))

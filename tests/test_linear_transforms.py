@@ -173,7 +173,7 @@ def test_no_step_waits_for_the_device(fast_place: Place, method: str, monkeypatc
     with Trap():
         loss = lsk.linear_cross_entropy(*leaves[:2], y, linear_bias=leaves[2], reduction="none", **call)
         loss.backward(torch.full_like(loss, 0.37))
-    row = (y, None, None, EPS, None, torch.ones(9, device=y.device), -100, False, False, 0.0, 1.0, None)
+    row = (y, None, None, EPS, None, torch.ones(9, device=y.device), -100, False, False, 0.0, 0.0, 1.0, None)
     how = (None, None, None, 1.0, fast_place[0], torch.float32, 1, 4, True)
     parameters = [t.detach() for t in leaves]
     with Trap():
@@ -189,7 +189,7 @@ def test_opcheck(fast_place: Place, name: str) -> None:
     op = getattr(torch.ops.labelsmooth_kernels, f"chunked_{name}").default
     for dtype in (torch.float32, torch.bfloat16):
         *leaves, y = (t.detach() for t in operands(9, 8, 30, fast_place))
-        row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 1.0, None)
+        row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 0.0, 1.0, None)
         for wanted in ([True] * 3, [False, True, False]):
             how = (None, None, None, 1.0, fast_place[0], dtype, 1, 4, True, False, wanted)
             saved = torch.stack([torch.randn(9), torch.rand(9) + 1, torch.ones(9), torch.full((9,), 30.0)])

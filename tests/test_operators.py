@@ -81,7 +81,7 @@ def test_ignored_rows_are_not_read(fast_place: Place) -> None:
     x[0], x[3] = torch.nan, torch.inf
     kernels = backends.BACKENDS[fast_place[0]].kernels
     for form in ("forward", "forward_"):
-        row = (y, None, None, 0.1, None, None, -100, False, False, 0.0, 1.0, None)
+        row = (y, None, None, 0.1, None, None, -100, False, False, 0.0, 0.0, 1.0, None)
         last = (True, 0) if form == "forward" else (0,)
         loss, saved, *_ = getattr(kernels, form)(x.clone(), *row, *last)
         for value in (loss, *saved):

@@ -107,7 +107,7 @@ def test_vmap_of_statistics_and_epsilon_per_row(place: Place) -> None:
 
     def call(x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
         loss, stats = lsk.cross_entropy(
-            x, y, label_smoothing=eps, reduction="none", return_stats="entropy", backend=place[0]
+            x, y, label_smoothing=eps, reduction="none", return_stats="all", backend=place[0]
         )
         return loss, *stats
 
