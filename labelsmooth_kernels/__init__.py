@@ -1,6 +1,6 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
-from . import calibration, conventions, distillation, functional, reference, representation
+from . import calibration, conventions, distillation, functional, reference, representation, smoothing
 from .functional import cross_entropy
 from .linear import Teacher, TopK, linear_cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
@@ -25,4 +25,5 @@ __all__ = [
     "linear_cross_entropy",
     "reference",
     "representation",
+    "smoothing",
 ]

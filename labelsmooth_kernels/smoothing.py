@@ -1,0 +1,274 @@
+"""How much to smooth, over what, and when: closed forms, priors from counts, soft targets of neighbours, schedules.
+
+A row's target weights q of mass 1 have their least loss where p = q, and it is their entropy H(q): what a loss exceeds
+it by, the *excess loss* KL(q ‖ p), is 0 for a model that has learned all there is, whatever ε is, and can be compared
+between values of ε. The logits of such a model differ by a finite gap:
+
+    smoothing     H(q), least loss                          gap between the target's logit and another's
+    "uniform"     q_y = 1 - ε + ε/K, others ε/K             log(1 + K·(1 - ε)/ε)
+    "others"      q_y = 1 - ε, others ε/(K - 1)             log((K - 1)·(1 - ε)/ε)
+    prior u       q = (1 - ε)·[k=y] + ε·u                   log((1 - ε + ε·u_y)/(ε·u_k))
+
+Which ε is best for a task nobody can say beforehand: :func:`compare` lays models that were trained with several beside
+each other on validation data, at several temperatures and at the one that suits each best.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calibration import Calibration, evaluate, fit_temperature
+from .conventions import target_entropy
+from .linear import TopK
+from .reference import optimal_gap
+from .spec import INDEX_DTYPES, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = [
+    "Schedule", "Trial", "compare", "cosine", "excess_loss", "linear", "neighbour_targets", "optimal_gap",
+    "plot_trials", "target_entropy", "temporal_targets", "trial_table", "unigram_prior",
+]  # fmt: skip
+
+
+def excess_loss(loss: float, label_smoothing: float, num_classes: int, smoothing: str = "uniform") -> float:
+    """A mean smoothed loss minus the least one, H(q): mean KL(q ‖ p), >= 0 but for rounding.
+
+    Arguments as in :func:`target_entropy`, whose errors are raised. For a mean over rows without weights.
+    """
+    return loss - target_entropy(label_smoothing, num_classes, smoothing)
+
+
+def unigram_prior(counts: Tensor, power: float = 1.0, add: float = 0.0) -> Tensor:
+    """u_k ∝ (counts_k + add)^power, a prior for ``smoothing=``: float64 (K,) that sums to 1.
+
+    Args:
+        counts: (K,) how often each class occurs, integers or floating point, finite and >= 0.
+        power: 1 gives frequencies, 0 the uniform prior over classes with ``counts + add > 0``; 0.75 is usual where
+            frequencies are very uneven (Mikolov et al. 2013).
+        add: >= 0, added to every count, so that classes that never occur get something.
+
+    Raises:
+        ArgumentError: another shape, a count that is negative or not finite, counts that are all 0.
+    """
+    require(counts.dim() == 1 and counts.numel() > 0 and not counts.is_complex(), "counts", counts, "of shape (K,)")
+    require(math.isfinite(power), "power", power, "a finite number")
+    require(0 <= add < math.inf, "add", add, "a finite number >= 0")
+    wide = counts.detach().double()
+    worst = wide[~(wide.isfinite() & (wide >= 0))]
+    require(worst.numel() == 0, "counts", worst[:1].tolist(), "finite and >= 0")
+    total = wide + add
+    require(bool((total > 0).any()), "counts", 0, "above 0 for one class at least")
+    # as a softmax of power·log: a power of large counts overflows no more than one of small ones vanishes
+    return torch.where(total > 0, power * total.log(), -math.inf).softmax(0)
+
+
+def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) -> TopK:
+    """Soft targets that smooth over each class's own neighbours: q = (1 - ε)·[k=y] + ε·neighbours of y.
+
+    Args:
+        target: (...) class indices in [0, K).
+        label_smoothing: ε, from 0 to 1.
+        neighbours: indices and counts, or other weights >= 0, (K, k): of each class, the classes that are mistaken for
+            it or that stand beside it, for example ``TopK(*counts.topk(k)[::-1])`` of a matrix of counts. A class
+            without neighbours (weights of 0) keeps its target whole.
+
+    Returns:
+        :class:`TopK` (..., k + 1) for :func:`labelsmooth_kernels.linear_cross_entropy`; its rows sum to 1.
+
+    Raises:
+        ArgumentError, IndexError: shapes, dtypes, a negative weight, an ε or a target outside its range.
+    """
+    indices, weights = neighbours
+    require(0 <= label_smoothing <= 1, "label_smoothing", label_smoothing, "from 0 to 1")
+    require(target.dtype in INDEX_DTYPES, "target", target, f"class indices, of one of {INDEX_DTYPES}")
+    good = indices.dim() == 2 and indices.dtype in INDEX_DTYPES
+    require(good, "neighbours.indices", indices, "class indices (K, k)")
+    require(weights.shape == indices.shape, "neighbours.probabilities", weights, f"of shape {tuple(indices.shape)}")
+    wide = weights.detach().double()
+    require(bool((wide >= 0).all()) and bool(wide.isfinite().all()), "neighbours.probabilities", wide, "finite, >= 0")
+    _check_classes(target, len(indices))
+    of_row, picked = wide[target.long()], indices[target.long()].long()
+    total = of_row.sum(-1, keepdim=True)
+    share = torch.where(total > 0, label_smoothing * of_row / total.clamp_min(1e-300), 0.0)
+    kept = 1 - share.sum(-1, keepdim=True)
+    return TopK(torch.cat((target.long().unsqueeze(-1), picked), -1), torch.cat((kept, share), -1).float())
+
+
+def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ignore_index: int = -100) -> TopK:
+    """Soft targets that smooth over what stands before and after in a sequence: mass ``weights[i]`` in all on the two
+    positions at distance i + 1, the rest on the target.
+
+    Args:
+        target: (..., T) class indices.
+        weights: their sum at most 1; a neighbour beyond the end, or with ``ignore_index``, leaves its half to the
+            target.
+        ignore_index: rows with this target get probabilities of 0: no loss and no gradient. A mean counts them all the
+            same; give it a ``normalizer``.
+
+    Returns:
+        :class:`TopK` (..., T, 1 + 2·len(weights)) for :func:`labelsmooth_kernels.linear_cross_entropy`.
+
+    Source: Chorowski and Jaitly 2016, "Towards Better Decoding and Language Model Integration in Sequence to Sequence
+    Models".
+    """
+    require(target.dim() > 0 and target.dtype in INDEX_DTYPES, "target", target, "class indices (..., T)")
+    good = all(w >= 0 for w in weights) and sum(weights) <= 1
+    require(good, "weights", tuple(weights), "numbers >= 0 with a sum of at most 1")
+    target = target.long()
+    counted = target != ignore_index
+    indices, shares = [target], []
+    for distance, weight in enumerate(weights, 1):
+        for step in (distance, -distance):
+            there = torch.roll(target, step, -1)
+            position = torch.arange(target.shape[-1], device=target.device) - step
+            inside = (position >= 0) & (position < target.shape[-1]) & (there != ignore_index)
+            indices.append(there)
+            shares.append(torch.where(inside, weight / 2, 0.0))
+    rest = torch.stack(shares, -1) if shares else target.new_zeros((*target.shape, 0), dtype=torch.float32)
+    probabilities = torch.cat((1 - rest.sum(-1, keepdim=True), rest), -1) * counted.unsqueeze(-1)
+    stacked = torch.stack(indices, -1)
+    return TopK(torch.where(stacked == ignore_index, 0, stacked), probabilities.float())
+
+
+def _check_classes(target: Tensor, num_classes: int) -> None:
+    outside = target[(target < 0) | (target >= num_classes)]
+    if outside.numel():
+        raise IndexError(f"target must be in [0, {num_classes}), got {int(outside.flatten()[0])}")
+
+
+# ---- the choice of ε
+
+
+class Trial(NamedTuple):
+    """One model at one temperature."""
+
+    label_smoothing: float
+    """that it was trained with"""
+    temperature: float
+    fitted: bool
+    """whether the temperature is the one that suits the model best, or one of those asked for"""
+    found: Calibration
+
+
+def compare(
+    outputs: Mapping[float, Sequence[Any]], temperatures: Sequence[float] = (1.0,), *, fit: bool = True, **options: Any
+) -> list[Trial]:
+    """Accuracy, NLL and calibration over a grid of ε and temperatures.
+
+    Args:
+        outputs: for each ε, what a model trained with it says of the validation set: (logits, target), or (hidden,
+            target, linear_weight), as :func:`labelsmooth_kernels.calibration.evaluate` takes them.
+        temperatures: at which every model is evaluated.
+        fit: also at the temperature that minimises its NLL, on these same data: to report that number of a model, fit
+            it on others.
+        options: of ``evaluate``.
+
+    Raises:
+        ArgumentError: no model, a temperature that is not above 0; and as ``evaluate`` and ``fit_temperature``.
+    """
+    require(len(outputs) > 0, "outputs", outputs, "of one ε at least")
+    trials = []
+    for eps, given in outputs.items():
+        for temperature in temperatures:
+            require(0 < temperature < math.inf, "temperatures", temperature, "finite and > 0")
+            found = evaluate(*given, logit_scale=1 / temperature, **options)
+            trials.append(Trial(float(eps), float(temperature), False, found))
+        if fit:
+            best = fit_temperature(*given, **options)
+            trials.append(Trial(float(eps), best.temperature, True, best.after))
+    return trials
+
+
+def trial_table(trials: Sequence[Trial]) -> str:
+    """The trials as a Markdown table."""
+    lines = [
+        "| ε | temperature | accuracy | NLL | ECE | adaptive ECE | Brier |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for trial in trials:
+        at = f"{trial.temperature:.3g}{' (fitted)' if trial.fitted else ''}"
+        c = trial.found
+        shares = f"{c.ece:.2%} | {c.adaptive_ece:.2%}"
+        lines.append(
+            f"| {trial.label_smoothing:g} | {at} | {c.accuracy:.2%} | {c.nll:.4f} | {shares} | {c.brier:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_trials(trials: Sequence[Trial], path: str | None = None) -> Any:
+    """NLL, ECE and accuracy over ε, a line for every temperature and a dotted one for the fitted; written to ``path``
+    where one is given. Returns the figure. Needs matplotlib (``pip install labelsmooth_kernels[plot]``)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_trials needs matplotlib: pip install 'labelsmooth_kernels[plot]'") from error
+    require(len(trials) > 0, "trials", trials, "one at least")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 3), ("nll", "ece", "accuracy"), strict=True):
+        for line in sorted(
+            {None if t.fitted else t.temperature for t in trials}, key=lambda t: math.inf if t is None else t
+        ):
+            points = sorted((t for t in trials if (None if t.fitted else t.temperature) == line), key=lambda t: t[0])
+            label, style = ("T fitted", ":") if line is None else (f"T = {line:g}", "-")
+            values = [getattr(t.found, name) for t in points]
+            axes.plot([t.label_smoothing for t in points], values, style, marker="o", markersize=3, label=label)
+        axes.set(xlabel="ε in training", title={"nll": "NLL", "ece": "ECE"}.get(name, name))
+    figure.axes[0].legend(frameon=False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+# ---- schedules
+
+
+def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """ε that goes from ``start`` to ``end`` in equal steps and stays there."""
+    require(steps > 0, "steps", steps, "> 0")
+    return lambda step: start + (end - start) * min(max(step / steps, 0.0), 1.0)
+
+
+def cosine(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """ε that goes from ``start`` to ``end`` along half a cosine and stays there."""
+    ramp = linear(0.0, math.pi, steps)
+    return lambda step: end + (start - end) * (1 + math.cos(ramp(step))) / 2
+
+
+class Schedule:
+    """Keeps an ε that changes: ``eps`` is a tensor, so that no step of a compiled or captured loop is compiled anew.
+
+    >>> schedule = Schedule(linear(0.1, 0.0, steps=10))
+    >>> schedule.step(); round(float(schedule.eps), 6)
+    0.09
+
+    Pass ``label_smoothing=schedule.eps`` to any loss, or give it to ``CrossEntropyLoss(label_smoothing=schedule.eps)``,
+    and call :meth:`step` after the optimizer's. ``rule`` takes the number of steps done; its ε must be finite and at
+    most 1 (ArgumentError).
+    """
+
+    def __init__(self, rule: Callable[[int], float], device: torch.device | str | None = None) -> None:
+        self.rule, self.done = rule, 0
+        self.eps = torch.empty((), dtype=torch.float32, device=device)
+        self._fill()
+
+    def step(self) -> None:
+        self.done += 1
+        self._fill()
+
+    def _fill(self) -> None:
+        eps = float(self.rule(self.done))
+        require(-math.inf < eps <= 1, "rule", eps, f"finite and at most 1 at step {self.done}")
+        self.eps.fill_(eps)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = int(state["done"])
+        self._fill()
