@@ -229,7 +229,7 @@ def draw(records: list[common.Record]) -> Figure:
         for scale in scales:
             look = {"color": LOOKS[scale], "label": NAMES[scale]}
             common.draw_over(axes, common.select(records, scale=scale), "eps", key, **look)
-        axes.set(title=common.COLUMNS[key][0], xlabel="ε")
+        axes.set(title=common.COLUMNS[key][0], xlabel="ε", xticks=sorted({r["eps"] for r in records}))
     for scale in (s for s in scales if s in FIXED):
         eps = [e / 100 for e in range(2, 21)]
         ax[3].plot(eps, [lead_wanted(scale, e) for e in eps], ":", color=LOOKS[scale])
