@@ -164,19 +164,17 @@ class Mix(NamedTuple):
     temperature: float
 
     def loss(self, terms: Tensor) -> Tensor:
-        return self.alpha * self.temperature**2 * terms[0] + (1 - self.alpha) * terms[1]
+        """A term without a share may be infinite, and counts for nothing."""
+        soft, hard = self.alpha * self.temperature**2 * terms[0], (1 - self.alpha) * terms[1]
+        return hard if self.alpha == 0 else soft if self.alpha == 1 else soft + hard
 
 
 def _first_class(input: Tensor, class_dim: int) -> Tensor:
     """Targets that no term looks at; what is wrong with ``input`` is for the gate to say."""
     if not isinstance(input, Tensor) or input.dim() < 2 or not -input.dim() <= class_dim < input.dim():
         return torch.zeros((), dtype=torch.int64, device=getattr(input, "device", None))
-    return (
-        input.detach()
-        .select(class_dim, 0)
-        .new_zeros((), dtype=torch.int64)
-        .expand(input.shape[: class_dim % input.dim()] + input.shape[class_dim % input.dim() + 1 :])
-    )
+    shape = [size for i, size in enumerate(input.shape) if i != class_dim % input.dim()]
+    return torch.zeros((), dtype=torch.int64, device=input.device).expand(shape)
 
 
 class _Source(NamedTuple):
@@ -220,19 +218,20 @@ class _Source(NamedTuple):
         return cls(hidden, "head", Soft(None, weight.detach(), None if bias is None else bias.detach(), float(scale)))
 
     def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Logits of ``dtype`` with adjacent classes, of some rows at a time; all at once where they lie ready."""
-        n = len(self.rows)
-        ready = self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1
-        step = n if ready else rows_per_chunk(n, num_classes * dtype.itemsize, self.rows.device.type)
-        for begin in range(0, max(n, 1), max(step, 1)):
+        """Logits with adjacent classes beside a student's of ``dtype``: as they lie and all at once where they have
+        that dtype; else some rows at a time in the dtype of the arithmetic, the GEMM of a head in ``dtype``."""
+        n, acc = len(self.rows), accumulate_dtype(dtype)
+        if self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1:
+            yield slice(0, n), self.rows
+            return
+        step = rows_per_chunk(n, num_classes * acc.itemsize, self.rows.device.type)
+        for begin in range(0, max(n, 1), step):
             part = slice(begin, min(begin + step, n))
             if self.form == "head":
-                yield part, teacher_logits(self.rows[part], self.soft, dtype)
-            elif self.form == "probabilities":
-                acc = accumulate_dtype(dtype)
-                yield part, self.rows[part].to(acc).log().to(dtype)
+                yield part, teacher_logits(self.rows[part], self.soft, dtype).to(acc)
             else:
-                yield part, (self.rows[part] if ready else self.rows[part].to(dtype).contiguous())
+                values = self.rows[part].to(acc)
+                yield part, (values.log() if self.form == "probabilities" else values.contiguous())
 
 
 def _by_reference(rows: Rows, source: _Source, mix: Mix) -> tuple[Tensor, Tensor]:
@@ -253,15 +252,15 @@ def _run(
     for part, teacher in source.chunks(x.dtype, x.shape[-1]):
         some = call.of_rows(part)
         terms, made = operator(
-            x[part], teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale, some.ignore_index,
-            some.others, *mix, with_grad,
+            x[part].to(teacher.dtype), teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale,
+            some.ignore_index, some.others, *mix, with_grad,
         )  # fmt: skip
         found.append(terms)
         if with_grad and len(teacher) == len(x):
-            grad = made
+            grad = made.to(x.dtype)
         elif with_grad:
             grad = x.new_empty(x.shape) if grad is None else grad
-            grad[part] = made
+            grad[part] = made  # rounded here where the chunk is wider
     return (found[0] if len(found) == 1 else torch.cat(found, 1)), grad
 
 

@@ -164,6 +164,32 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(served: Place) -> None:
     assert grad.abs().max() < 1e-6
 
 
+def test_a_term_without_a_share_counts_for_nothing(served: Place) -> None:
+    x, t, y = (v.to(served[1]) for v in draw(ignored=0))
+    x[0, (y[0] + 1) % K] = -torch.inf  # an infinite divergence
+    hard = distillation_loss(x, t, y, alpha=0.0, reduction="none", backend=served[0])
+    torch.testing.assert_close(hard, F.cross_entropy(x, y, reduction="none"))
+    x, t, y = (v.to(served[1]) for v in draw(ignored=0))
+    x[0, y[0]], t[0, y[0]] = -torch.inf, -torch.inf  # an infinite cross-entropy
+    soft = distillation_loss(x, t, y, alpha=1.0, reduction="none", backend=served[0])
+    y[0] = (y[0] + 1) % K
+    torch.testing.assert_close(soft.double(), oracle(x, t, y, alpha=1.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["probabilities", "logits"])
+def test_a_teacher_of_more_digits_keeps_them(served: Place, form: str) -> None:
+    """float32 beside a student in bfloat16, in which log p would be off by percents of p."""
+    x, t, y = (v.to(served[1]) for v in draw(torch.bfloat16))
+    t = t.float() * 1.37
+    teacher = Probabilities(t.softmax(-1)) if form == "probabilities" else t
+    leaf = x.requires_grad_()
+    loss = distillation_loss(leaf, teacher, y, temperature=2.0, reduction="none", backend=served[0])
+    want = oracle(x, t, y, temperature=2.0)
+    torch.testing.assert_close(loss.detach().double(), want.detach(), rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    judge(x, t, y, loss.detach(), grad, torch.ones(N, device=x.device), truncates(served[0], x), temperature=2.0)
+
+
 TEACHERS = ("logits", "probabilities", "half-precision logits", "head", "head in another size")
 
 
