@@ -336,7 +336,7 @@ def test_the_host_code_of_the_triton_operators_waits_for_nothing(monkeypatch: py
     started = []
     monkeypatch.setattr(launch, "run", lambda kernel, *_: started.append(kernel))
     x, y = draw(("triton", "cpu"))
-    row = (y, torch.ones(37), None, 0.1, None, torch.ones(6), -100, False, True, 0.1, 1.5, None)
+    row = (y, torch.ones(37), None, 0.1, None, torch.ones(6), -100, False, True, 0.1, 0.2, 1.5, None)
     with Trap():
         _, saved, *_, grad = logits.forward(x, *row, True, 2)
         logits.backward(x, *row, saved)
