@@ -34,6 +34,8 @@ MIXES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def served(place: Place) -> Place:
+    if reason := BACKENDS[place[0]].unavailable():
+        pytest.skip(f"backend {place[0]}: {reason}")
     features = BACKENDS[place[0]].features
     if features is not None and "distillation" not in features:
         pytest.skip(f"{place[0]} does not serve distillation")
