@@ -56,7 +56,7 @@ Pair<double> pair_block(const T* x, const T* t, const Acc<T>* r, int64_t n, doub
     LSK_EACH(i) {
       const Signed<T> in = count < kGroup<T> ? lanes_between<T>(i, 0, count) : ~Signed<T>{};
       const Vec<T> d = z.v[i] - m, dt = u.v[i] - m_t;
-      const Signed<T> other = (Signed<T>)(z.v[i] != top) & in, other_t = (Signed<T>)(u.v[i] != top_t) & in;
+      const Signed<T> other = (Signed<T>)(z.v[i] != m) & in, other_t = (Signed<T>)(u.v[i] != m_t) & in;
       const Vec<T> e_t = exp_nonpositive(dt * beta, in);
       given.add(e_t, other_t);
       warm.add(exp_nonpositive(d * beta, in), other);

@@ -145,6 +145,24 @@ def test_masked_classes_and_sure_teachers(served: Place) -> None:
     assert distillation_loss(hidden, t, y, reduction="none", backend=served[0])[1] == torch.inf
 
 
+@pytest.mark.parametrize("hidden", [slice(0, 4100), slice(900, None)], ids=["first", "last"])
+def test_whole_blocks_of_masked_classes(served: Place, hidden: slice) -> None:
+    """A block of which nothing is left adds nothing to any sum, of either side or of both."""
+    x, t, y = (v.to(served[1]) for v in draw(torch.float32, 3, 5003, ignored=0))
+    y[:] = 4500 if hidden.start == 0 else 7
+    x[0, hidden], t[:2, hidden], t[2, hidden] = -torch.inf, -torch.inf, -200.0
+    leaf = x.requires_grad_()
+    loss = distillation_loss(leaf, t, y, temperature=2.0, reduction="none", backend=served[0])
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    want_at = x.detach().double().requires_grad_()
+    want = oracle(want_at, t, y, temperature=2.0)
+    torch.testing.assert_close(loss.detach().double(), want.detach(), rtol=1e-6, atol=1e-6)
+    kept = want_at.detach() > -torch.inf
+    (want_grad,) = torch.autograd.grad(want[1:].sum(), want_at)  # -inf - -inf is NaN in log_softmax's own gradient
+    torch.testing.assert_close(grad[1:].double(), want_grad[1:], rtol=1e-5, atol=1e-7)
+    assert not grad[~kept].any()
+
+
 def test_a_nan_stays_in_its_row(served: Place) -> None:
     x, t, y = (v.to(served[1]) for v in draw(ignored=0))
     x[1, 3], t[2, 4], x[4, 1], t[4, 1] = torch.nan, torch.nan, torch.nan, torch.nan
