@@ -24,7 +24,7 @@ from . import backends, ops, reference
 from .autograd import graph_is_kept, row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import check_same_device, check_targets, denominator, prepare, reduce
-from .linear import Teacher
+from .linear import Teacher, teacher_rows
 from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, require, transformed
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def distillation_loss(
     if input.device.type == "cpu":
         check_targets(rows)
     rows = rows._replace(logits=rows.logits.flatten(0, -2))
-    source = _Source.of(teacher, input, rows, class_dim)
+    source = _Source.of(teacher, input, class_dim)
     mix = Mix(float(alpha), float(temperature))
     if chosen.kernels is None or transformed():
         loss, terms = _by_reference(rows, source, mix)
@@ -185,9 +185,11 @@ class _Source(NamedTuple):
     soft: Soft
 
     @classmethod
-    def of(cls, teacher: Tensor | Probabilities | Teacher, input: Tensor, rows: Rows, class_dim: int) -> _Source:
+    def of(cls, teacher: Tensor | Probabilities | Teacher, input: Tensor, class_dim: int) -> _Source:
+        class_dim = 0 if input.dim() == 1 else class_dim
         if isinstance(teacher, Teacher):
-            return cls._of_head(teacher, rows)
+            hidden, soft = teacher_rows("teacher", teacher, input.detach().movedim(class_dim, -1))
+            return cls(hidden, "head", soft)
         form, values = ("probabilities", teacher[0]) if isinstance(teacher, Probabilities) else ("logits", teacher)
         if not isinstance(values, Tensor):
             kind = type(values).__name__
@@ -197,25 +199,8 @@ class _Source(NamedTuple):
         check_same_device("teacher", values, input)
         if form == "probabilities":
             _check_probabilities("teacher", values)
-        values = values.detach().movedim(0 if values.dim() == 1 else class_dim, -1)
+        values = values.detach().movedim(class_dim, -1)
         return cls(values.reshape(-1, values.shape[-1]), form, Soft())
-
-    @classmethod
-    def _of_head(cls, teacher: Teacher, rows: Rows) -> _Source:
-        n, num_classes = rows.logits.shape
-        hidden, weight, bias, scale = teacher
-        for name, value in (("hidden", hidden), ("linear_weight", weight), ("linear_bias", bias)):
-            if value is not None or name != "linear_bias":
-                good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
-                require(good, f"teacher.{name}", value, "a floating-point Tensor")
-                check_same_device(f"teacher.{name}", value, rows.logits)  # type: ignore[arg-type]
-        hidden = hidden.detach().reshape(-1, hidden.shape[-1]) if hidden.dim() else hidden
-        require(hidden.dim() == 2 and len(hidden) == n, "teacher.hidden", hidden, f"of {n} rows of features")
-        shape = (num_classes, hidden.shape[1])
-        require(weight.shape == shape, "teacher.linear_weight", weight, f"of shape {shape}")
-        good = bias is None or bias.shape == (num_classes,)
-        require(good, "teacher.linear_bias", bias, f"of shape ({num_classes},) or None")
-        return cls(hidden, "head", Soft(None, weight.detach(), None if bias is None else bias.detach(), float(scale)))
 
     def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
         """Logits with adjacent classes beside a student's of ``dtype``: as they lie and all at once where they have

@@ -251,7 +251,7 @@ def _prepare_linear(
         rows, shape = prepare(stand_in, stand_in, spec)
         if positions > 1:
             raise ArgumentError(f"target must be a tensor beside a linear_weight {tuple(linear_weight.shape)}")
-        given, soft = _top_k(target, stand_in) if isinstance(target, TopK) else _teacher(target, stand_in)
+        given, soft = _top_k(target, stand_in) if isinstance(target, TopK) else teacher_rows("target", target, stand_in)
         rows = rows._replace(target=given)
     operands = (_flat(input), linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
     return _Call(rows, operands, soft, positions, shape, logits_shape, target)
@@ -281,22 +281,23 @@ def _top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
     return _flat(probabilities), Soft(indices=_flat(indices).to(torch.int64))
 
 
-def _teacher(target: Teacher, logits: Tensor) -> tuple[Tensor, Soft]:
-    if not isinstance(target, Teacher):
-        raise TypeError(f"target must be a Tensor, TopK or Teacher, got {type(target).__name__}")
-    hidden, weight, bias, scale = target
+def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, Soft]:
+    """The teacher of the argument ``name``, beside logits with the classes last: hidden states (N, D') and the rest."""
+    if not isinstance(teacher, Teacher):
+        raise TypeError(f"{name} must be a Tensor, TopK or Teacher, got {type(teacher).__name__}")
+    hidden, weight, bias, scale = teacher
     shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
-    for name, value in (("hidden", hidden), ("linear_weight", weight), ("linear_bias", bias)):
-        if value is not None or name != "linear_bias":
+    for part, value in (("hidden", hidden), ("linear_weight", weight), ("linear_bias", bias)):
+        if value is not None or part != "linear_bias":
             good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
-            require(good, f"target.{name}", value, "a floating-point Tensor")
-            check_same_device(f"target.{name}", value, logits)  # type: ignore[arg-type]
-    require(hidden.dim() > 0 and hidden.shape[:-1] == shape, "target.hidden", hidden, f"of shape {(*shape, 'D')}")
-    features = hidden.shape[-1]
-    require(weight.shape == (num_classes, features), "target.linear_weight", weight, f"{(num_classes, features)}")
-    require(bias is None or bias.shape == (num_classes,), "target.linear_bias", bias, f"of shape ({num_classes},)")
+            require(good, f"{name}.{part}", value, "a floating-point Tensor")
+            check_same_device(f"{name}.{part}", value, logits)  # type: ignore[arg-type]
+    require(hidden.dim() > 0 and hidden.shape[:-1] == shape, f"{name}.hidden", hidden, f"of shape {(*shape, 'D')}")
+    head = (num_classes, hidden.shape[-1])
+    require(weight.shape == head, f"{name}.linear_weight", weight, f"of shape {head}")
+    require(bias is None or bias.shape == (num_classes,), f"{name}.linear_bias", bias, f"of shape ({num_classes},)")
     good = isinstance(scale, int | float) and -math.inf < scale < math.inf
-    require(good, "target.logit_scale", scale, "a finite number")
+    require(good, f"{name}.logit_scale", scale, "a finite number")
     return _flat(hidden).detach(), Soft(None, weight.detach(), None if bias is None else bias.detach(), scale)
 
 

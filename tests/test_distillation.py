@@ -163,6 +163,18 @@ def test_whole_blocks_of_masked_classes(served: Place, hidden: slice) -> None:
     assert not grad[~kept].any()
 
 
+def test_a_class_masked_in_the_student_alone_where_the_teacher_vanishes(served: Place) -> None:
+    """0·log(0/0) is 0 also where its block was seen first, and its e^-900 only later found to be nothing."""
+    x, t, y = (v.to(served[1]) for v in draw(torch.float32, 2, 5003, ignored=0))
+    x[:, 3], y[:] = -torch.inf, 4500
+    t[0, :3000] = t[0, :3000] - 900.0
+    loss = distillation_loss(x, t, y, alpha=1.0, reduction="none", backend=served[0])
+    want = oracle(x.double(), t.double().where(t > -500, -torch.inf), y, alpha=1.0)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    assert want[0].isfinite()
+    assert want[1] == torch.inf
+
+
 def test_a_nan_stays_in_its_row(served: Place) -> None:
     x, t, y = (v.to(served[1]) for v in draw(ignored=0))
     x[1, 3], t[2, 4], x[4, 1], t[4, 1] = torch.nan, torch.nan, torch.nan, torch.nan
@@ -336,7 +348,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "probabilities": ((X, Probabilities(-T_.abs()), Y), {}, "teacher must be >= 0 everywhere, got -"),
     "soft target": ((X, T_, X.softmax(-1)), {}, "target must hold class indices"),
     "head": ((X, lsk.Teacher(T_[:, :4], T_[:, :4]), Y), {}, r"teacher.linear_weight must be of shape \(37, 4\)"),
-    "hidden": ((X, lsk.Teacher(T_[:2, :4], torch.ones(37, 4)), Y), {}, "teacher.hidden must be of 6 rows"),
+    "hidden": ((X, lsk.Teacher(T_[:2, :4], torch.ones(37, 4)), Y), {}, r"teacher.hidden must be of shape \(6, 'D'\)"),
     "backend": ((X, T_, Y), {"backend": "fpga"}, "backend must be one of"),
 }
 

@@ -45,7 +45,8 @@ def _moved(p, m, m_t, cold):
     """A pair seen from maxima of at least its own."""
     down, down_t = p.m - reference_point(m), p.m_t - reference_point(m_t)
     factor, factor_t = tl.exp(down * cold), tl.exp(down_t * cold)
-    cross = (p.cross + term(p.given, (down_t - down) * cold)) * factor_t
+    cross = p.cross + term(p.given, (down_t - down) * cold)
+    cross = tl.where(factor_t == 0.0, 0.0, cross * factor_t)  # a vanished class may be masked in the student
     rest_d = p.rest_d + term(p.rest, down)
     return Pair(m, p.plain * exp_shifted(p.m, m), p.warm * factor, p.rest, rest_d, m_t, p.given * factor_t, cross)
 
