@@ -163,7 +163,8 @@ LSK_INLINE Pair<V> pair_from(const Pair<V>& p, V max, V teacher_max, V cold) {
   const V by = cold * (origin(p.student.max) - origin(max)),
           by_t = cold * (origin(p.teacher_max) - origin(teacher_max));
   const V top_t = cold * p.teacher_max, new_t = cold * teacher_max;
-  const V given = rescale(p.given, top_t, new_t);  // where it vanishes a class that only the student masks counts no more
+  // Where the teacher's mass vanishes, a class that only the student masks counts no more.
+  const V given = rescale(p.given, top_t, new_t);
   return {p.student, rescale(p.warm, cold * p.student.max, cold * max), teacher_max, given,
           given == 0 ? V(0) : rescale(p.cross + p.given * (by_t - by), top_t, new_t)};
 }
