@@ -150,22 +150,21 @@ def merge_plan(n_splits: int) -> Plan:
 
 def distill_plan(tensor: Tensor, k: int) -> Plan:
     """Whole rows of two tensors of k elements a row."""
-    machine = machine_of(tensor)
-    if machine == _INTERPRETER:
-        return Plan("sweep", _eighth(k), 4, programs=machine.sms)
-    block, warps, per_sm = _DISTILL[tensor.element_size()]
-    block = min(block, max(128, triton.next_power_of_2(k)))
-    return Plan("sweep", block, warps, programs=machine.sms * per_sm)
+    return _plan("sweep", _DISTILL, tensor, k)
 
 
 def chunk_plan(tensor: Tensor, k: int) -> Plan:
     """Chunks of rows of k elements, for the kernels that only map."""
+    return _plan("chunk", _CHUNK, tensor, k)
+
+
+def _plan(form: str, table: dict[int, tuple[int, int, int]], tensor: Tensor, k: int) -> Plan:
     machine = machine_of(tensor)
     if machine == _INTERPRETER:
-        return Plan("chunk", _eighth(k), 4, programs=machine.sms)
-    block, warps, per_sm = _CHUNK[tensor.element_size()]
+        return Plan(form, _eighth(k), 4, programs=machine.sms)
+    block, warps, per_sm = table[tensor.element_size()]
     block = min(block, max(128, triton.next_power_of_2(k)))
-    return Plan("chunk", block, warps, programs=machine.sms * per_sm)
+    return Plan(form, block, warps, programs=machine.sms * per_sm)
 
 
 def start(kernel: Any, plan: Plan, units: int, arguments: tuple[Any, ...], **constants: Any) -> None:
