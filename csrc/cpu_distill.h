@@ -107,7 +107,7 @@ void pair_sweep(const T* x, const T* t, const Acc<T>* r, T* g, int64_t n, const 
     }
     LSK_EACH(i) {
       const Vec<T> d = z.v[i] - m, p_t = exp_nonpositive((u.v[i] - m_t) * beta - given);
-      Vec<T> grad = soft * (exp_nonpositive(d * beta - warm) - p_t);
+      Vec<T> grad = soft == 0 ? Vec<T>{} : soft * (exp_nonpositive(d * beta - warm) - p_t);
       if (kHard) grad += hard * dz(mass, exp_nonpositive(d - logsum), q.v[i]);
       z.v[i] = grad;
     }
@@ -131,7 +131,7 @@ void pair_gradient(const void* student, const void* teacher, const void* prior, 
   // The target's own entry again, with its weight.
   const auto at = [&](const T* p) { return double(load_part(p + row.target, 1).v[0][0]); };
   const double d = at(x) - row.zmax, d_t = at(t) - row.teacher_max;
-  const double soft = row.soft * (exp(d * row.cold - row.warm) - exp(d_t * row.cold - row.given));
+  const double soft = weighted(row.soft, exp(d * row.cold - row.warm) - exp(d_t * row.cold - row.given));
   const Vec<T> entry = operand<T>(soft + row.hard * dz(row.mass, exp(d - row.logsum), row.q_target));
   store_part(g + row.target, 1, Group<T>{entry, entry, entry, entry});
 }

@@ -30,17 +30,17 @@ from torch import Tensor
 
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
+from .reference import RowStats
 from .spec import INDEX_DTYPES, ArgumentError, require, traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from .reference import RowStats
 
 SCHEMES = ("width", "mass")
 _UNIT = 2**32  # sums of confidences are in integer multiples of 1/_UNIT: the same in any order, from one row to 2³¹
 _CELLS = 2048  # of equal width in log-odds, from which bins of equal mass are cut
-_LEAST = 1e-4  # temperature that is looked for, and its inverse the highest
+_FLAT = 1e-4  # logits of this spread: what float32 says of how they might be scaled is rounding
 _REACH = 17.5  # log-odds of the outermost cells: float32 knows nothing between 1 - exp(-_REACH) and 1
 
 
@@ -49,7 +49,7 @@ class Bins(NamedTuple):
 
     lower: Tensor
     upper: Tensor
-    """the range of confidence; bins are [lower, upper), the last [lower, upper]"""
+    """the range of confidence: [lower, upper), the last [lower, upper]; of equal mass, up to the width of a cell"""
     rows: Tensor
     confidence: Tensor
     """mean confidence"""
@@ -76,6 +76,10 @@ class Calibration:
             sizes = self.bins.shape[1], other.bins.shape[1]
             raise ArgumentError(f"bins must be as many on both sides of a sum, got {sizes[0]} and {sizes[1]}")
         return Calibration(self.scores + other.scores, self.bins + other.bins, self.cells + other.cells)
+
+    def __radd__(self, other: object) -> Calibration:
+        """0 + a, which ``sum`` begins with."""
+        return self if other == 0 else NotImplemented
 
     def all_reduce(self, group: Any = None) -> Calibration:
         """The sum over the ranks of a torch.distributed process group (None: the default one)."""
@@ -180,10 +184,12 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
 
     Raises:
         ArgumentError: a target that is not of class indices or of another shape; no bin; on the CPU also a confidence
-            outside [0, 1], which no softmax has.
+            outside [0, 1], which no softmax has, and a negative target that is not ``ignore_index``.
     """
+    require(isinstance(stats, RowStats), "stats", stats, "RowStats, of return_stats=True")
     require(isinstance(bins, int) and not isinstance(bins, bool) and bins > 0, "bins", bins, "an int > 0")
-    good = target.dtype in INDEX_DTYPES and target.shape == stats.nll.shape
+    require(isinstance(ignore_index, int), "ignore_index", ignore_index, "an int")
+    good = isinstance(target, Tensor) and target.dtype in INDEX_DTYPES and target.shape == stats.nll.shape
     require(good, "target", target, f"class indices of the shape {tuple(stats.nll.shape)} of the statistics")
     counted = (target != ignore_index).reshape(-1)
     confidence, nll = stats.confidence.reshape(-1), stats.nll.reshape(-1)
@@ -192,6 +198,9 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
         if outside.any():
             row = int(outside.nonzero()[0])
             raise ArgumentError(f"stats.confidence must be from 0 to 1, got {float(confidence[row])} in row {row}")
+        least = int(target.amin()) if target.numel() else 0
+        if least < 0 and (counted & (target.reshape(-1) < 0)).any():
+            raise ArgumentError(f"target must be >= 0 or ignore_index={ignore_index}, got {least}")
     right = counted & (stats.prediction == target).reshape(-1)
     known = torch.where(counted, confidence, 0.0).nan_to_num(0.0)  # a NaN is told by its nll
     sums = torch.stack((counted.long(), (known.double() * _UNIT).round().long(), right.long()))
@@ -241,6 +250,8 @@ def evaluate(
 def _batches(input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     inputs = (input,) if isinstance(input, Tensor) else input
     targets = (target,) if isinstance(target, Tensor) else target
+    for name, value in (("input", inputs), ("target", targets)):
+        require(isinstance(value, list | tuple), name, value, "a tensor, or a list or tuple of batches")
     if len(inputs) != len(targets):
         raise ArgumentError(f"target must have as many batches as input, got {len(targets)} and {len(inputs)}")
     return zip(inputs, targets, strict=True)
@@ -250,6 +261,14 @@ def _batches(input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
 def _statistics(
     input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: dict[str, Any]
 ) -> RowStats:
+    known = {
+        "logit_scale",
+        "softcap",
+        "backend",
+        *(("linear_bias", "chunk_rows") if linear_weight is not None else ("class_dim",)),
+    }
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"{unknown[0]} is no option here: {', '.join(sorted(known))} are")
     shared: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "return_stats": "all", **options}
     stats: RowStats
     if linear_weight is None:
@@ -285,38 +304,41 @@ def fit_temperature(
 ) -> Temperature:
     """The temperature T that minimises the mean -log softmax(z/T)_y over a validation set, by Newton's method.
 
-    Arguments are those of :func:`evaluate`, without ``logit_scale``; each step is one pass over the logits, or over the
-    chunks of a head's, of which three numbers per row are kept. Ends when a step changes T by less than ``tolerance``
-    (relative).
+    Arguments are those of :func:`evaluate`, without ``logit_scale`` and ``softcap``; each step is one pass over the
+    logits, or over the chunks of a head's, of which three numbers per row are kept. Ends when a step changes T by less
+    than ``tolerance`` (relative).
 
     Raises:
         ArgumentError: where no T is best: every row has its largest logit at the target (T → 0), or the logits do not
-            favour the targets at all (T → ∞); where a target has probability 0 or a logit is NaN; where ``max_steps``
-            do not suffice.
+            favour the targets at all (T → ∞); where there is no row; where a target has probability 0 or a logit is
+            NaN; where ``max_steps`` do not suffice.
 
     Source: Guo et al. 2017; the derivatives are those of this module's head.
     """
     for name in ("logit_scale", "softcap"):
-        require(name not in options, name, options.get(name), "left out: what is scaled are the logits as given")
-    beta, low, high = 1.0, 0.0, math.inf
+        require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
+    require(isinstance(tolerance, float) and 0 < tolerance < 1, "tolerance", tolerance, "a float between 0 and 1")
+    require(isinstance(max_steps, int) and max_steps > 0, "max_steps", max_steps, "an int > 0")
+    beta, low, high, spread = 1.0, 0.0, math.inf, 0.0
     before: Calibration | None = None
     for step in range(1, max_steps + 1):
         (nll, entropy, variance), found = _at_scale(beta, input, target, linear_weight, bins, ignore_index, options)
-        before = before or found
-        require(math.isfinite(nll), "input", nll, "logits with a finite mean loss")
+        if before is None:
+            before = found
+            require(found.rows > 0, "target", target, "of one row at least that is not ignored")
+            require(math.isfinite(nll), "input", nll, "logits with a finite mean loss")
+            if found.accuracy == 1:
+                raise ArgumentError("input must be wrong in some row: every row is right, and surer still as T -> 0")
         slope = nll - entropy
-        if abs(slope) <= tolerance * variance and nll > 0:
+        if abs(slope) <= tolerance * variance or high < low * (1 + tolerance):
             return Temperature(1 / beta, before, found, step)
         low, high = (low, beta) if slope > 0 else (beta, high)
-        wanted = beta * min(max(1 - slope / variance, 1 / 4), 4) if variance > 0 else 4 * beta
-        beta = wanted if low < wanted < high else math.sqrt(low * high)
-        if not _LEAST <= 1 / beta <= 1 / _LEAST or nll == 0:
-            why = (
-                "every row is right, and surer still at T -> 0"
-                if slope <= 0
-                else "the targets are no likelier at any T"
-            )
-            raise ArgumentError(f"input must have logits that some temperature suits best: {why}")
+        last, spread = spread, math.sqrt(variance / found.rows) / beta  # of the logits; where p is flat, fixed
+        if slope > 0 and beta * spread < _FLAT and abs(spread - last) < spread / 100:
+            raise ArgumentError("input must have logits that favour the targets: these make them no likelier at any T")
+        within = high / 4 if low == 0 else 4 * low if high == math.inf else math.sqrt(low * high)
+        wanted = beta * min(max(1 - slope / variance, 1 / 4), 4) if variance > 0 else within
+        beta = wanted if low < wanted < high else within
     raise ArgumentError(f"max_steps must suffice to find T within {tolerance}, got {max_steps}, at T = {1 / beta}")
 
 
@@ -356,7 +378,7 @@ def plot_reliability(calibrations: Mapping[str, Calibration], path: str | None =
     axes = figure.subplots(2, len(calibrations), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for (name, calibration), (above, below) in zip(calibrations.items(), axes.T, strict=True):
         found = calibration.reliability(scheme)
-        lower, width = found.lower, found.upper - found.lower
+        lower, width = found.lower, (found.upper - found.lower).clamp_min(0.004)  # of equal mass they may have none
         above.plot((0, 1), (0, 1), color="0.6", linewidth=1, zorder=1)
         above.bar(lower, found.accuracy.nan_to_num(), width, align="edge", color="#3b6fb6", edgecolor="white", zorder=2)
         above.plot(found.confidence, found.confidence, ".", color="#c4501b", markersize=4, zorder=3, label="confidence")

@@ -48,15 +48,16 @@ class DistillationTerms(NamedTuple):
 
 
 def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
-    """p^(1/T) / Σ p^(1/T): sharper for T < 1, flatter for T > 1, one-hot as T → 0. As softmax(log p / T), which neither
-    under- nor overflows.
+    """p^(1/T) / Σ p^(1/T): sharper for T < 1, flatter for T > 1, one-hot as T → 0. As softmax(log p / T), in which no
+    power under- or overflows.
 
     Args:
         probabilities: floating point, >= 0; the classes along ``dim``, not assumed to sum to 1.
         temperature: > 0.
 
     Returns:
-        Of the shape and dtype of ``probabilities``; differentiable. NaN where all of them are 0.
+        Of the shape and dtype of ``probabilities``; differentiable, a probability of 0 being a constant. NaN where all
+        of them are 0.
 
     Raises:
         ArgumentError: another temperature or dtype; on the CPU also a negative probability.
@@ -68,8 +69,11 @@ def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
     require(isinstance(probabilities, Tensor), "probabilities", probabilities, "a tensor")
     require(probabilities.dtype in FLOAT_DTYPES, "probabilities", probabilities, "a floating-point tensor")
     _check_probabilities("probabilities", probabilities)
-    acc = accumulate_dtype(probabilities.dtype)
-    return torch.softmax(probabilities.to(acc).log() / temperature, dim).to(probabilities.dtype)
+    wide = probabilities.to(accumulate_dtype(probabilities.dtype))
+    log_p = torch.where(wide == 0, -math.inf, torch.where(wide == 0, 1.0, wide).log())  # no 0·∞ in the gradient
+    highest = log_p.detach().amax(dim, keepdim=True) if log_p.numel() else log_p
+    colder = max(temperature, torch.finfo(wide.dtype).tiny)
+    return torch.softmax((log_p - highest) / colder, dim).to(probabilities.dtype)
 
 
 def _check_probabilities(name: str, values: Tensor) -> None:
@@ -90,7 +94,7 @@ def distillation_loss(
     reduction: str = "mean",
     label_smoothing: float | Tensor = 0.0,
     smoothing: str | Tensor = "uniform",
-    class_dim: int = 1,
+    class_dim: int | None = None,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_terms: bool = False,
@@ -106,10 +110,11 @@ def distillation_loss(
             time. A constant: no gradient reaches it.
         target: class indices as in ``cross_entropy``; rows with ``ignore_index`` have zero loss and gradient, of both
             terms. None: no second term, every row counts, and ``alpha`` is 1.
-        temperature: T > 0, of both sides of the first term.
+        temperature: T > 0, of both sides of the first term; from a few hundred on T²·KL is what float32 leaves of it.
         alpha: from 0 to 1, the share of the first term; None: 0.5, or 1 without a target.
         ignore_index, reduction, label_smoothing, smoothing, class_dim, row_weight, normalizer: as in ``cross_entropy``;
-            ε, ``"others"`` and priors shape the second term.
+            ε, ``"others"`` and priors shape the second term. Without a target ``class_dim`` must be said where input
+            has more than 2 dimensions, and ``ignore_index`` has no meaning.
         return_terms: also return the :class:`DistillationTerms` of every row.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
 
@@ -121,8 +126,11 @@ def distillation_loss(
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network".
     """
+    if target is None and class_dim is None and isinstance(input, Tensor) and input.dim() > 2:
+        raise ArgumentError(f"class_dim must be given without a target, for input {tuple(input.shape)}")
+    class_dim = 1 if class_dim is None else class_dim
     spec = LossSpec(
-        ignore_index=ignore_index,
+        ignore_index=-100 if target is None else ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
         smoothing=smoothing,
@@ -223,6 +231,8 @@ def _by_reference(rows: Rows, source: _Source, mix: Mix) -> tuple[Tensor, Tensor
     """(loss (N,), terms (2, N)), differentiable any number of times."""
     teacher = torch.cat([part for _, part in source.chunks(rows.logits.dtype, rows.logits.shape[-1])])
     terms = reference.distillation_terms(rows, teacher, mix.temperature)
+    if mix.alpha == 0:  # a teacher that counts for nothing may be infinite: no 0·∞ in the gradient either
+        terms = torch.stack((terms[0].detach(), reference.row_losses(rows)))
     return mix.loss(terms), terms
 
 
@@ -306,19 +316,30 @@ class _Distill(torch.autograd.Function):
 
 
 def _remember(ctx: Any, x: Tensor, rows: Rows, source: _Source, mix: Mix, backend: str, *more: Tensor | None) -> None:
-    """The large tensors where autograd watches their versions."""
-    ctx.save_for_backward(x, rows.target, source.rows, *more)
-    ctx.call = rows, source, mix, backend
+    """Every tensor where autograd watches its version, for an ε that is annealed or a teacher that is updated."""
+    ctx.number, eps = (None, rows.eps) if isinstance(rows.eps, Tensor) else (rows.eps, None)
+    soft = source.soft
+    ctx.save_for_backward(x, rows.target, rows.prior, eps, source.rows, soft.teacher_weight, soft.teacher_bias, *more)
+    ctx.call = rows.spec, source.form, soft.teacher_scale, mix, backend
+
+
+_N_SAVED = 7
+
+
+def _recall(ctx: Any) -> tuple[Rows, _Source, Mix, str]:
+    """What :func:`_remember` was given, with the row weights left out: the upstream has them."""
+    x, target, prior, eps, values, weight, bias = ctx.saved_tensors[:_N_SAVED]
+    spec, form, scale, mix, backend = ctx.call
+    rows = Rows(spec, x, target, None, prior, ctx.number if eps is None else eps, None)
+    return rows, _Source(values, form, Soft(None, weight, bias, scale)), mix, backend
 
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     """Of Σ upstream·loss in the logits: by a kernel, or differentiable in turn."""
-    x, target, teacher = ctx.saved_tensors[:3]
-    rows, source, mix, backend = ctx.call
-    rows, source = rows._replace(logits=x, target=target), source._replace(rows=teacher)
+    rows, source, mix, backend = _recall(ctx)
     if torch.is_grad_enabled():
         loss, _ = _by_reference(rows, source, mix)
-        grad: Tensor = torch.autograd.grad(loss, x, upstream, create_graph=True)[0]
+        grad: Tensor = torch.autograd.grad(loss, rows.logits, upstream, create_graph=True)[0]
         return grad
     made = _run(rows, source, mix, backend, upstream.contiguous(), True)[1]
     assert made is not None

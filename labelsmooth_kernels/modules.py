@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .functional import apply_spec
 from .linear import LinearSpec, linear_cross_entropy
+from .smoothing import Schedule
 from .spec import LossSpec
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ class CrossEntropyLoss(nn.Module):
 
     ``weight`` and the options are those of the function, kept as attributes of the same names, so that
     ``loss.label_smoothing = 0.05`` anneals (a tensor: ``loss.label_smoothing.fill_(0.05)``); tensors among them are
-    buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. ``row_weight`` and
-    ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see the function.
+    buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. A
+    :class:`labelsmooth_kernels.smoothing.Schedule` as ``label_smoothing`` is asked for its ε in every call.
+    ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see
+    the function.
     """
 
     def __init__(self, weight: Tensor | None = None, **options: object) -> None:
@@ -35,13 +38,23 @@ class CrossEntropyLoss(nn.Module):
         for name in _PER_CALL:
             if name in options:
                 raise TypeError(f"{name} belongs to one batch: pass it when calling the module")
+        schedule = options.get("label_smoothing")
+        if isinstance(schedule, Schedule):
+            options["label_smoothing"] = schedule.eps
         spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # it checks; unknown ones are a TypeError
         for name in _DEFAULTS:
             value = getattr(spec, name)
+            if name == "label_smoothing" and isinstance(schedule, Schedule):
+                value = schedule  # no buffer: of that a module that is cast or moved would have a copy of its own
             if name == "weight" or isinstance(value, Tensor):
                 self.register_buffer(name, value, persistent=name == "weight")
             else:
                 setattr(self, name, value)
+
+    def _options(self) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in _DEFAULTS}
+        eps = options["label_smoothing"]
+        return {**options, "label_smoothing": eps.eps} if isinstance(eps, Schedule) else options
 
     def forward(
         self,
@@ -51,11 +64,10 @@ class CrossEntropyLoss(nn.Module):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
-        options = {name: getattr(self, name) for name in _DEFAULTS}
-        return apply_spec(input, target, LossSpec(row_weight=row_weight, normalizer=normalizer, **options))
+        return apply_spec(input, target, LossSpec(row_weight=row_weight, normalizer=normalizer, **self._options()))
 
     def extra_repr(self) -> str:
-        values = {name: getattr(self, name) for name in _DEFAULTS}
+        values = self._options()
         shown = {n: f"tensor{tuple(v.shape)}" if isinstance(v, Tensor) else repr(v) for n, v in values.items()}
         return ", ".join(f"{n}={shown[n]}" for n, v in values.items() if isinstance(v, Tensor) or v != _DEFAULTS[n])
 
@@ -108,7 +120,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
-        options = {name: getattr(self, name) for name in _DEFAULTS if name not in ("class_dim", "inplace")}
+        options = {name: value for name, value in self._options().items() if name not in ("class_dim", "inplace")}
         return linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import LossSpec, Rows, accumulate_dtype
+from .spec import LossSpec, Rows, accumulate_dtype, require
 
 
 class RowStats(NamedTuple):
@@ -72,13 +72,20 @@ def uniform_epsilon(eps: float | Tensor, K: int | Tensor, smoothing: str | Tenso
 
 
 def optimal_gap(eps: float, K: int, smoothing: str = "uniform") -> float:
-    """z_y - z_other at the minimum of the loss: log((K-1)(1-ε)/ε) for "others", log(1 + K(1-ε)/ε) for "uniform".
+    """z_y - z_other at the minimum of the loss: log((K-1)(1-ε)/ε) for "others", log(1 + K(1-ε)/ε) for "uniform"; ∞ for
+    ε = 0. Raises ArgumentError for an ε outside [0, 1], fewer than 2 classes, another convention.
 
     >>> round(optimal_gap(0.1, 10, "others"), 4) == round(math.log(9 * 0.9 / 0.1), 4)
     True
     """
+    require(isinstance(eps, int | float) and 0 <= eps <= 1, "eps", eps, "from 0 to 1")
+    require(isinstance(K, int) and K > 1, "K", K, "an int > 1")
+    known = isinstance(smoothing, str) and smoothing in ("uniform", "others")
+    require(known, "smoothing", smoothing, "'uniform' or 'others'")
     a, b = weights(float(uniform_epsilon(eps, K, smoothing)), K)
-    return math.log((a + b) / b) if b > 0 else math.inf
+    if b == 0:
+        return math.inf
+    return math.log((a + b) / b) if eps < 1 else 0.0 if smoothing == "uniform" else -math.inf
 
 
 def entropy(shifted: Tensor, logsum: Tensor) -> Tensor:

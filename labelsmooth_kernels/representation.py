@@ -51,6 +51,7 @@ def template_plane(linear_weight: Tensor, classes: tuple[int, int, int]) -> Plan
     require(linear_weight.dim() == 2 and linear_weight.is_floating_point(), "linear_weight", linear_weight, "(K, D)")
     a, b, c = _three(classes, len(linear_weight))
     templates = linear_weight.detach().double()
+    require(bool(templates[[a, b, c]].isfinite().all()), "linear_weight", linear_weight, "finite in these classes")
     first, second = templates[b] - templates[a], templates[c] - templates[a]
     e1 = first / first.norm()
     across = second - (second @ e1) * e1
@@ -60,7 +61,7 @@ def template_plane(linear_weight: Tensor, classes: tuple[int, int, int]) -> Plan
 
 
 def _three(classes: tuple[int, int, int], num_classes: int) -> tuple[int, int, int]:
-    good = len(set(classes)) == len(classes) == 3 and all(0 <= k < num_classes for k in classes)
+    good = len(set(classes)) == len(classes) == 3 and all(isinstance(k, int) and 0 <= k < num_classes for k in classes)
     require(good, "classes", classes, f"three different classes of [0, {num_classes})")
     return classes
 
@@ -77,8 +78,10 @@ class Scatter(NamedTuple):
 
     @property
     def tightness(self) -> float:
-        """within/(within + between): 0 where every class is one point, 1 where the classes' means coincide."""
-        return self.within / (self.within + self.between)
+        """within/(within + between): 0 where every class is one point, 1 where the classes' means coincide, NaN where
+        all features are the same."""
+        total = self.within + self.between
+        return self.within / total if total > 0 else math.nan
 
 
 def class_scatter(features: Tensor, target: Tensor, *, ignore_index: int = -100) -> Scatter:
@@ -119,7 +122,8 @@ def mutual_information(values: Tensor) -> float:
 
         I = log N + mean_il [ -(y_il - μ_i)²/2σ² - log Σ_j exp(-(y_il - μ_j)²/2σ²) ]
 
-    which lies between about 0 (the number forgets the input) and log N (it identifies it). Memory N² / block, not N²·L.
+    which lies between about ½·log(L/(L - 1)) (the number forgets the input, but μ_i holds its own draw) and log N (it
+    identifies the input). 3·N·min(N, 1024) numbers of memory, N²·L exponentials.
 
     Args:
         values: (N, L), N >= 2, L >= 2, finite.
@@ -136,11 +140,11 @@ def mutual_information(values: Tensor) -> float:
     means = y.mean(1)
     variance = float((y - means[:, None]).square().mean())
     total = y.new_zeros(())
-    for draws in y.T:  # N x N numbers at a time
-        far = (draws[:, None] - means).square()
-        own = (draws - means).square()
-        if variance > 0:
-            total += (-own / (2 * variance) - torch.logsumexp(-far / (2 * variance), 1)).sum()
-        else:  # no noise: only inputs of exactly the same number are mistaken for each other
-            total -= (far == 0).sum(1).double().log().sum()
+    for own, draws in zip(means.split(1024), y.split(1024), strict=True):
+        for drawn in draws.T:
+            far, near = (drawn[:, None] - means).square(), (drawn - own).square()
+            if variance > 0:
+                total += (-near / (2 * variance) - torch.logsumexp(-far / (2 * variance), 1)).sum()
+            else:  # no noise: only inputs of exactly the same number are mistaken for each other
+                total -= (far == 0).sum(1).double().log().sum()
     return math.log(len(y)) + float(total) / y.numel()

@@ -25,7 +25,7 @@ from .calibration import Calibration, evaluate, fit_temperature
 from .conventions import target_entropy
 from .linear import TopK
 from .reference import optimal_gap
-from .spec import INDEX_DTYPES, require
+from .spec import INDEX_DTYPES, ArgumentError, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,14 +85,16 @@ def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) 
         ArgumentError, IndexError: shapes, dtypes, a negative weight, an ε or a target outside its range.
     """
     indices, weights = neighbours
-    require(0 <= label_smoothing <= 1, "label_smoothing", label_smoothing, "from 0 to 1")
+    good = isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1
+    require(good, "label_smoothing", label_smoothing, "a number from 0 to 1")
     require(target.dtype in INDEX_DTYPES, "target", target, f"class indices, of one of {INDEX_DTYPES}")
     good = indices.dim() == 2 and indices.dtype in INDEX_DTYPES
     require(good, "neighbours.indices", indices, "class indices (K, k)")
     require(weights.shape == indices.shape, "neighbours.probabilities", weights, f"of shape {tuple(indices.shape)}")
     wide = weights.detach().double()
     require(bool((wide >= 0).all()) and bool(wide.isfinite().all()), "neighbours.probabilities", wide, "finite, >= 0")
-    _check_classes(target, len(indices))
+    _check_classes("target", target, len(indices))
+    _check_classes("neighbours.indices", indices, len(indices))
     of_row, picked = wide[target.long()], indices[target.long()].long()
     total = of_row.sum(-1, keepdim=True)
     share = torch.where(total > 0, label_smoothing * of_row / total.clamp_min(1e-300), 0.0)
@@ -122,6 +124,8 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     require(good, "weights", tuple(weights), "numbers >= 0 with a sum of at most 1")
     target = target.long()
     counted = target != ignore_index
+    least = target.where(counted, 0)
+    require(not (least < 0).any(), "target", int(least.min()) if least.numel() else 0, ">= 0 or ignore_index")
     indices, shares = [target], []
     for distance, weight in enumerate(weights, 1):
         for step in (distance, -distance):
@@ -136,10 +140,10 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     return TopK(torch.where(stacked == ignore_index, 0, stacked), probabilities.float())
 
 
-def _check_classes(target: Tensor, num_classes: int) -> None:
-    outside = target[(target < 0) | (target >= num_classes)]
+def _check_classes(name: str, classes: Tensor, num_classes: int) -> None:
+    outside = classes[(classes < 0) | (classes >= num_classes)]
     if outside.numel():
-        raise IndexError(f"target must be in [0, {num_classes}), got {int(outside.flatten()[0])}")
+        raise IndexError(f"{name} must be in [0, {num_classes}), got {int(outside.flatten()[0])}")
 
 
 # ---- the choice of ε
@@ -167,20 +171,29 @@ def compare(
         temperatures: at which every model is evaluated.
         fit: also at the temperature that minimises its NLL, on these same data: to report that number of a model, fit
             it on others.
-        options: of ``evaluate``.
+        options: of ``evaluate``, but for ``logit_scale`` and ``softcap``.
 
     Raises:
-        ArgumentError: no model, a temperature that is not above 0; and as ``evaluate`` and ``fit_temperature``.
+        ArgumentError: no model, a temperature that is not above 0, a model that no temperature suits best; and as
+            ``evaluate`` and ``fit_temperature``.
     """
     require(len(outputs) > 0, "outputs", outputs, "of one ε at least")
+    for name in ("logit_scale", "softcap"):
+        require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
+    grid = [float(temperature) for temperature in temperatures]
+    require(all(0 < t < math.inf for t in grid), "temperatures", grid, "finite and > 0")
     trials = []
     for eps, given in outputs.items():
-        for temperature in temperatures:
-            require(0 < temperature < math.inf, "temperatures", temperature, "finite and > 0")
+        good = isinstance(given, list | tuple) and len(given) in (2, 3)
+        require(good, f"outputs[{eps}]", given, "(logits, target) or (hidden, target, linear_weight)")
+        for temperature in grid:
             found = evaluate(*given, logit_scale=1 / temperature, **options)
-            trials.append(Trial(float(eps), float(temperature), False, found))
+            trials.append(Trial(float(eps), temperature, False, found))
         if fit:
-            best = fit_temperature(*given, **options)
+            try:
+                best = fit_temperature(*given, **options)
+            except ArgumentError as error:
+                raise ArgumentError(f"outputs[{eps}]: {error}; fit=False leaves the fitted temperature out") from error
             trials.append(Trial(float(eps), best.temperature, True, best.after))
     return trials
 
@@ -247,9 +260,9 @@ class Schedule:
     >>> schedule.step(); round(float(schedule.eps), 6)
     0.09
 
-    Pass ``label_smoothing=schedule.eps`` to any loss, or give it to ``CrossEntropyLoss(label_smoothing=schedule.eps)``,
-    and call :meth:`step` after the optimizer's. ``rule`` takes the number of steps done; its ε must be finite and at
-    most 1 (ArgumentError).
+    Pass ``label_smoothing=schedule.eps`` to any loss, or the schedule itself to ``CrossEntropyLoss``, and call
+    :meth:`step` after the optimizer's. ``rule`` takes the number of steps done; its ε must be finite and at most 1
+    (ArgumentError).
     """
 
     def __init__(self, rule: Callable[[int], float], device: torch.device | str | None = None) -> None:

@@ -221,6 +221,33 @@ def test_there_may_be_no_best_temperature() -> None:
         calibration.fit_temperature(x * torch.nan, y)
     with pytest.raises(lsk.ArgumentError, match="max_steps"):
         calibration.fit_temperature(x, y, max_steps=1)
+    noisy = 9 * F.one_hot(y, 10) + 0.02 * torch.randn(50, 10, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(lsk.ArgumentError, match="every row is right"):
+        calibration.fit_temperature(noisy, y)
+    for nothing in (torch.full_like(y, -100), y[:0]):
+        with pytest.raises(lsk.ArgumentError, match="target must be of one row at least"):
+            calibration.fit_temperature(x[: len(nothing)], nothing)
+    for name, value in (("tolerance", math.nan), ("tolerance", -1.0), ("max_steps", 5.0)):
+        with pytest.raises(lsk.ArgumentError, match=f"{name} must be"):
+            calibration.fit_temperature(x, y, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [3e-6, 1e-2, 100.0, 1e5])
+def test_logits_of_any_scale_have_the_same_best_temperature(scale: float, dtype: torch.dtype) -> None:
+    x, y = rows(500)
+    want = calibration.fit_temperature(x.double(), y).temperature
+    found = calibration.fit_temperature((x.double() * scale).to(dtype), y)
+    assert found.temperature / scale == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("height", [5.0, 200.0, 1000.0])
+def test_a_model_that_is_always_sure_and_wrong_in_one_row_of_five(height: float) -> None:
+    """All rows have p = 1/(1 + 11·exp(-height/T)), which fits best where it is their accuracy."""
+    y = torch.arange(1000) % 12
+    said = torch.where(torch.arange(1000) % 5 == 0, (y + 1) % 12, y)
+    found = calibration.fit_temperature(height * F.one_hot(said, 12).float(), y)
+    assert found.temperature == pytest.approx(height / math.log(11 * 800 / 200), rel=1e-4)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -240,7 +267,23 @@ def test_bad_input_is_named(name: str) -> None:
         calibration.evaluate(**{"input": x, "target": y, **given})
 
 
+def test_options_of_other_losses_are_refused() -> None:
+    x, y = rows(20)
+    for name, value in (("return_stats", False), ("label_smoothing", 0.1), ("row_weight", y), ("linear_bias", x)):
+        with pytest.raises(TypeError, match=f"{name} is no option here"):
+            calibration.evaluate(x, y, **{name: value})
+    with pytest.raises(lsk.ArgumentError, match="input must be a tensor, or a list"):
+        calibration.evaluate(None, y)  # type: ignore[arg-type]
+
+
 def test_bad_statistics_are_named() -> None:
+    x, y = rows(20)
+    _, stats = lsk.cross_entropy(x, y.where(y > 4, -1), ignore_index=-1, return_stats=True)
+    with pytest.raises(lsk.ArgumentError, match="target must be >= 0 or ignore_index=-100, got -1"):
+        calibration.collect(stats, y.where(y > 4, -1))
+    with pytest.raises(lsk.ArgumentError, match="stats must be RowStats"):
+        calibration.collect((x, stats), y)  # type: ignore[arg-type]
+    assert sum([calibration.collect(stats, y)] * 2).rows == 40  # type: ignore[union-attr]
     with pytest.raises(lsk.ArgumentError, match=r"stats.confidence must be from 0 to 1, got 1.5 in row 1"):
         fake([0.5, 1.5], [True, True])
     found = fake([0.5], [True])

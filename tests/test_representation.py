@@ -59,6 +59,10 @@ def test_the_ends_of_tightness() -> None:
     assert representation.class_scatter(h, torch.tensor([0, 0, 1, 1])).tightness == 1
 
 
+def test_features_that_are_all_the_same_have_no_tightness() -> None:
+    assert math.isnan(representation.class_scatter(torch.ones(4, 3), torch.tensor([0, 0, 1, 1])).tightness)
+
+
 def test_ignored_rows_and_gaps_between_classes_change_nothing() -> None:
     h, y = normal(2, 10, 4), torch.arange(20).view(2, 10) % 3
     more = torch.cat((h, torch.full((1, 10, 4), torch.nan)))
@@ -100,6 +104,13 @@ def test_mutual_information_between_its_ends() -> None:
         assert representation.mutual_information(values) == pytest.approx(math.log(1 + ratio) / 2, rel=0.1)
 
 
+def test_what_mutual_information_makes_of_noise() -> None:
+    """μ_i holds its own draw: of L draws of pure noise ½·log(L/(L-1)) nats are left. More inputs than fit a block."""
+    for draws in (2, 10):
+        found = representation.mutual_information(normal(1500, draws))
+        assert found == pytest.approx(math.log(draws / (draws - 1)) / 2, abs=0.02)
+
+
 W = normal(4, 3)
 BAD: dict[str, tuple[Any, str]] = {
     "same class": (lambda: representation.template_plane(W, (0, 1, 1)), "three different classes of"),
@@ -107,6 +118,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a line": (lambda: representation.template_plane(torch.arange(9.0).view(3, 3), (0, 1, 2)), "on a line"),
     "equal templates": (lambda: representation.template_plane(torch.ones(3, 3), (0, 1, 2)), "on a line"),
     "weight": (lambda: representation.template_plane(W[0], (0, 1, 2)), "linear_weight must be"),
+    "classes": (lambda: representation.template_plane(W, (0.0, 1, 2)), "classes must be three different"),
+    "NaN weight": (lambda: representation.template_plane(W * torch.nan, (0, 1, 2)), "linear_weight must be finite"),
     "features": (
         lambda: representation.template_plane(W, (0, 1, 2)).project(normal(5, 4)),
         "features must be of shape",

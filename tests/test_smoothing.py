@@ -128,12 +128,15 @@ def test_a_schedule_fills_one_tensor() -> None:
 def test_annealing_reaches_the_loss_and_compiles_nothing_anew() -> None:
     schedule = smoothing.Schedule(smoothing.linear(0.5, 0.1, 2))
     x, y = torch.randn(4, 9), torch.tensor([1, 2, 3, 4])
-    module = lsk.CrossEntropyLoss(label_smoothing=schedule.eps)
+    module, cast = lsk.CrossEntropyLoss(label_smoothing=schedule.eps), lsk.CrossEntropyLoss(label_smoothing=schedule)
+    cast.bfloat16()
+    head = lsk.LinearCrossEntropyLoss(9, 9, label_smoothing=schedule)
+    torch.nn.init.eye_(head.linear.weight)
     compiled = torch.compile(lambda x, y, eps: lsk.cross_entropy(x, y, label_smoothing=eps), fullgraph=True)
     torch._dynamo.utils.counters.clear()
     for eps in (0.5, 0.3, 0.1):
         want = F.cross_entropy(x, y, label_smoothing=eps)
-        for loss in (module(x, y), compiled(x, y, schedule.eps)):
+        for loss in (module(x, y), cast(x, y), head(x, y), compiled(x, y, schedule.eps)):
             torch.testing.assert_close(loss, want)
         schedule.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -173,14 +176,23 @@ BAD: dict[str, tuple[Any, str]] = {
     "no count": (lambda: smoothing.unigram_prior(torch.zeros(3)), "above 0 for one class"),
     "shape": (lambda: smoothing.unigram_prior(torch.ones(3, 3)), r"counts must be of shape \(K,\)"),
     "add": (lambda: smoothing.unigram_prior(torch.ones(3), add=-1), "add must be"),
-    "epsilon": (lambda: smoothing.neighbour_targets(torch.tensor([0]), 1.5, PAIRS), "label_smoothing must be from 0"),
+    "epsilon": (lambda: smoothing.neighbour_targets(torch.tensor([0]), 1.5, PAIRS), "label_smoothing must be a"),
     "weights": (lambda: smoothing.neighbour_targets(torch.tensor([0]), 0.1, PAIRS._replace(probabilities=-PAIRS[1])),
                 "neighbours.probabilities must be finite, >= 0"),
     "mass": (lambda: smoothing.temporal_targets(torch.tensor([0, 1]), (0.9, 0.2)), "weights must be numbers >= 0"),
     "rule": (lambda: smoothing.Schedule(lambda step: 2.0), "rule must be finite and at most 1 at step 0, got 2.0"),
     "steps": (lambda: smoothing.linear(0.1, 0.0, 0), "steps must be > 0, got 0"),
     "no model": (lambda: smoothing.compare({}), "outputs must be of one ε at least"),
-    "temperature": (lambda: smoothing.compare(outputs(), (0.0,)), "temperatures must be finite and > 0, got 0.0"),
+    "temperature": (lambda: smoothing.compare(outputs(), (0.0,)), r"temperatures must be finite and > 0, got \[0.0\]"),
+    "iterator of one": (lambda: smoothing.compare({0.0: outputs()[0.0][0]}), r"outputs\[0.0\] must be"),
+    "a cap": (lambda: smoothing.compare(outputs(), softcap=3.0), "softcap must be left out"),
+    "all right": (lambda: smoothing.compare({0.1: (torch.eye(3), torch.arange(3))}), "every row is right"),
+    "per row": (lambda: smoothing.neighbour_targets(torch.tensor([0]), torch.rand(3), PAIRS), "label_smoothing must"),
+    "negative target": (lambda: smoothing.temporal_targets(torch.tensor([0, -1])), "target must be >= 0"),
+    "gap, convention": (lambda: smoothing.optimal_gap(0.1, 10, "other"), "smoothing must be"),
+    "gap, prior": (lambda: smoothing.optimal_gap(0.1, 10, torch.ones(10)), "smoothing must be"),
+    "gap, epsilon": (lambda: smoothing.optimal_gap(math.nan, 10), "eps must be from 0 to 1, got nan"),
+    "gap, classes": (lambda: smoothing.optimal_gap(0.1, 1, "others"), "K must be an int > 1, got 1"),
     "no trial": (lambda: smoothing.plot_trials([]), "trials must be one at least"),
 }  # fmt: skip
 
@@ -195,3 +207,11 @@ def test_bad_input_is_named(name: str) -> None:
 def test_a_target_outside_is_named() -> None:
     with pytest.raises(IndexError, match=r"target must be in \[0, 3\), got 3"):
         smoothing.neighbour_targets(torch.tensor([0, 3]), 0.1, PAIRS)
+    with pytest.raises(IndexError, match=r"neighbours.indices must be in \[0, 3\), got 7"):
+        smoothing.neighbour_targets(torch.tensor([0]), 0.1, PAIRS._replace(indices=PAIRS.indices + 7))
+
+
+def test_the_ends_of_the_gap() -> None:
+    assert smoothing.optimal_gap(0.0, 5) == math.inf
+    assert smoothing.optimal_gap(1.0, 5) == 0
+    assert smoothing.optimal_gap(1.0, 5, "others") == -math.inf

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gettext
 import importlib
+import json
 import math
+import re
 import struct
 import sys
 from pathlib import Path
@@ -56,6 +58,36 @@ def test_a_difference_is_told_only_where_the_seeds_allow_it(common: ModuleType) 
     assert found.against(1).endswith("no such effect is seen at this size")
     alone = common.gap(records(common, [0.1], [0.9]), "ece", one, other)
     assert str(alone) == "not known to differ (1 seed)"
+
+
+GUIDE = FOLDER.parents[1] / "docs" / "label_smoothing.md"
+CELLS = {
+    "accuracy, points": ("accuracy", 100, 2),
+    "NLL": ("nll", 1, 3),
+    "NLL, each after its temperature": ("nll_scaled", 1, 3),
+    "ECE, points": ("ece", 100, 2),
+    "ECE, each after its temperature, points": ("ece_scaled", 100, 2),
+}
+
+
+def test_the_guide_says_what_the_studies_found(common: ModuleType) -> None:
+    lines = GUIDE.read_text(encoding="utf-8").splitlines()
+    table = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines) if cells}
+    wanted = {"digits": {"eps": 0.1}, "speech": {"condition": "room"}, "translation": {}, "text": {"role": "model"}}
+    for row, (key, unit, digits) in CELLS.items():
+        for cell, (name, chosen) in zip(table[row], wanted.items(), strict=True):
+            found = json.loads((GUIDE.parent / "studies" / f"{name}.json").read_text())["records"]
+            hard = {k: v for k, v in chosen.items() if k != "eps"} | {"method": "hard"}
+            gap = common.gap(found, key, {**chosen, "method": "uniform"}, hard)
+            said = f"{gap.mean * unit:+.{digits}f} ± {gap.margin * unit:.{digits}f}"
+            assert cell == (f"**{said}**" if gap.sign else f"{said} n.t."), (row, name)
+
+
+def test_the_snippets_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) > 6
+    exec("\n".join(snippets), {})
 
 
 def test_a_table_shows_the_spread_and_what_is_missing(common: ModuleType) -> None:

@@ -128,7 +128,7 @@ def distill_kernel(
                 o = (n_blocks - 1 - i_block) * BLOCK + tl.arange(0, BLOCK)
                 b_z = tl.load(x + o, mask=o < n_read, other=none).to(tl.float32)
                 b_t = tl.load(t + o, mask=o < n_read, other=none).to(tl.float32)
-                b_grad = soft * (tl.exp((b_z - p.m) * cold - warm) - tl.exp((b_t - p.m_t) * cold - given))
+                b_grad = term(soft, tl.exp((b_z - p.m) * cold - warm) - tl.exp((b_t - p.m_t) * cold - given))
                 if HARD:
                     b_q = b * _prior(prior_ptr, o, o < K) + tl.where(o == y, a, 0.0)
                     b_grad += hard * (mass * tl.exp((b_z - p.m) - logsum) - b_q)
