@@ -33,7 +33,7 @@ struct Weights {
 template <class V>
 LSK_INLINE Weights<V> weights(V e, V n, bool others) {
   if (others) e = n > 1 ? e * n / (n - 1) : V(0);
-  return {1 - e, n > 0 ? e / n : V(0)};
+  return {1 - e, n != 0 ? e / n : V(0)};
 }
 
 // A weight of exactly 0 switches its term off: 0·(-inf) must not be NaN.

@@ -127,10 +127,12 @@ def teacher_logits(hidden: Tensor, soft: Soft, dtype: torch.dtype, buffer: Tenso
     return _product(hidden.to(dtype), soft.teacher_weight.to(dtype), bias, buffer).mul_(soft.teacher_scale)
 
 
-class _Problem:
-    """One call: operands in the dtype of the GEMMs, and the buffers that all chunks share."""
+class Problem:
+    """One call: operands in the dtype of the GEMMs, and the buffers that all chunks, of ``rows`` rows, share."""
 
-    def __init__(self, operands: tuple[Tensor, Tensor, Tensor | None], call: RowCall, soft: Soft, how: How) -> None:
+    def __init__(
+        self, operands: tuple[Tensor, Tensor, Tensor | None], call: RowCall, soft: Soft, how: How, rows: int = 0
+    ) -> None:
         hidden, weight, bias = operands
         self.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
         self.hidden, self.weight = hidden.to(how.dtype), weight.to(how.dtype)
@@ -140,10 +142,8 @@ class _Problem:
         self.soft = soft if teacher is None else soft._replace(teacher_weight=teacher.to(how.dtype))
         self.n, self.index = len(hidden), not call.target.is_floating_point()
         self.gathered = soft.indices is not None or soft.teacher_weight is not None
-        if self.index and hidden.device.type == "cpu":
-            check_index_targets(call.target, len(weight) // how.positions, call.ignore_index)
         row_bytes = len(weight) * (self.hidden.element_size() + (self.acc.itemsize if self.gathered else 0))
-        self.rows = rows_per_chunk(self.n, row_bytes, hidden.device.type, how.chunk_rows)
+        self.rows = rows or rows_per_chunk(self.n, row_bytes, hidden.device.type, how.chunk_rows)
         self.buffer = hidden.new_empty(self.rows, len(weight), dtype=how.dtype)
         self.targets = hidden.new_empty(self.rows if self.gathered else 0, len(weight), dtype=self.acc)
         if os.environ.get(DEBUG) == "1":
@@ -193,10 +193,10 @@ def _extension() -> bool:
     return BACKENDS["cpu"].unavailable() is None
 
 
-class _Gradients:
+class Gradients:
     """d_hidden, d_weight and d_bias as the chunks' gradients come in."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         how, device = problem.how, problem.hidden.device.type
         want_hidden, self.want_weight, self.want_bias = how.wanted
@@ -278,14 +278,20 @@ def _spread(values: Tensor, keep: Tensor | None, n: int, dim: int) -> Tensor:
     return values.new_zeros(shape).index_copy_(dim, keep, values)
 
 
+def _check_targets(call: RowCall, linear_weight: Tensor, how: How) -> None:
+    if not call.target.is_floating_point() and linear_weight.device.type == "cpu":
+        check_index_targets(call.target, len(linear_weight) // how.positions, call.ignore_index)
+
+
 def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     call, soft, how, n_stats = _of(arguments)
+    _check_targets(call, linear_weight, how)
     n, (keep, how) = len(hidden), _kept(call, how, n_stats)
     if keep is not None:
         hidden, call = hidden[keep], call.of_rows(keep)
     with torch.autocast(hidden.device.type, enabled=False):
-        problem = _Problem((hidden, linear_weight, linear_bias), call, soft, how)
-        kernels, gradients, results = kernels_of(how.backend), _Gradients(problem), []
+        problem = Problem((hidden, linear_weight, linear_bias), call, soft, how)
+        kernels, gradients, results = kernels_of(how.backend), Gradients(problem), []
         for chunk in problem.chunks():
             x, logits, part = problem.part(chunk)
             if any(how.wanted):
@@ -303,6 +309,7 @@ def forward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *
 
 def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     call, soft, how, saved = _of(arguments)
+    _check_targets(call, linear_weight, how)
     n, (keep, how) = len(hidden), _kept(call, how)
     if keep is not None:
         hidden, call, saved = hidden[keep], call.of_rows(keep), saved[:, keep]
@@ -310,8 +317,8 @@ def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
         factor = None
         if how.dtype == torch.float16:
             call, factor = _in_range(call)
-        problem = _Problem((hidden, linear_weight, linear_bias), call, soft, how)
-        kernels, gradients = kernels_of(how.backend), _Gradients(problem)
+        problem = Problem((hidden, linear_weight, linear_bias), call, soft, how)
+        kernels, gradients = kernels_of(how.backend), Gradients(problem)
         for chunk in problem.chunks():
             x, logits, part = problem.part(chunk)
             rows = slice(chunk.start * how.positions, chunk.stop * how.positions)

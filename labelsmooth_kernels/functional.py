@@ -156,12 +156,13 @@ def shaped(
 # ---- the gate
 
 
-def prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.Size]:
-    """Check the tensors against each other; returns the call as rows, and the shape of one value per row."""
+def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = False) -> tuple[Rows, torch.Size]:
+    """Check the tensors against each other; returns the call as rows, and the shape of one value per row. With
+    ``shard`` there are other classes elsewhere, and there may be none here."""
     class_dim = _class_dim(input, target, spec) % input.dim()
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
-    if num_classes == 0 and (n or target.numel()):
+    if num_classes == 0 and (n or target.numel()) and not shard:
         raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
     _check_target(input, target, shape)
     probabilities = target.is_floating_point()
@@ -177,7 +178,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec) -> tuple[Rows, torch.
     weight, prior = _class_vector("weight", spec.weight, logits), None
     if isinstance(spec.smoothing, Tensor):
         prior = _class_vector("smoothing", spec.smoothing, logits)
-    if spec.smoothing == "others" and num_classes == 1 and spec.smooths:
+    if spec.smoothing == "others" and num_classes == 1 and spec.smooths and not shard:
         raise ArgumentError(
             "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
         )

@@ -145,7 +145,7 @@ def linear_cross_entropy(
     Only gradients that are demanded are computed and allocated. A second derivative is taken through whole logits.
     Source: the chunks of Liger Kernel (Hsu et al. 2024), the tiles of Wijmans et al. 2025, "Cut Your Losses".
     """
-    _check_operands(input, linear_weight, linear_bias)
+    check_operands(input, linear_weight, linear_bias)
     for name in ("class_dim", "inplace"):
         if name in loss_options:
             raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
@@ -202,7 +202,7 @@ class _Call(NamedTuple):
         return dense_target(self.rows.target, self.soft, x.dtype, x.shape[-1]).reshape(self.logits_shape)
 
 
-def _check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     for name, value in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(value, Tensor) and (value is not None or name != "linear_bias"):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")

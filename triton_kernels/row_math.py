@@ -79,7 +79,7 @@ class Piece(NamedTuple):
 def weights(e, n, others):
     """(a, b) of q = w·(a·t + b·u·c): a = 1 - e, b = e/n; ``others`` spreads over n - 1 classes, without the target."""
     e = tl.where(others != 0, tl.where(n > 1, e * n / (n - 1), 0.0), e)
-    return 1.0 - e, tl.where(n > 0, e / n, 0.0)
+    return 1.0 - e, tl.where(n != 0, e / n, 0.0)
 
 
 @triton.jit
