@@ -1,6 +1,6 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
-from . import calibration, conventions, distillation, functional, reference, representation, smoothing
+from . import calibration, conventions, distillation, functional, parallel, reference, representation, smoothing
 from .functional import cross_entropy
 from .linear import Teacher, TopK, linear_cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
@@ -23,6 +23,7 @@ __all__ = [
     "distillation",
     "functional",
     "linear_cross_entropy",
+    "parallel",
     "reference",
     "representation",
     "smoothing",

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
-FLOORS = """spec | reference ops | backends conventions | autograd chunked | functional linear_autograd |
-    linear | parallel calibration distillation representation | smoothing | modules doctor | __init__ __main__"""
+FLOORS = """spec | reference ops | backends conventions | autograd chunked | functional linear_autograd shards |
+    linear ranks | parallel_linear calibration distillation representation | parallel smoothing | modules doctor |
+    __init__ __main__"""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
-    TopK calibration conventions cross_entropy distillation functional linear_cross_entropy reference representation
-    smoothing"""
+    TopK calibration conventions cross_entropy distillation functional linear_cross_entropy parallel reference
+    representation smoothing"""
 PARAMETERS = """input target weight ignore_index reduction label_smoothing smoothing smooth_over class_dim z_loss
     confidence_penalty logit_scale softcap row_weight normalizer inplace return_stats backend"""
 ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "LABELSMOOTH_DEBUG", "TRITON_INTERPRET"}

@@ -1,0 +1,213 @@
+"""The fused linear + loss where every rank holds some rows of the head.
+
+Chunks of rows as in :mod:`labelsmooth_kernels.chunked`, with its buffers and its sums of gradients: a GEMM makes a
+chunk's logits of this rank's classes, one message makes rows of them, the kernel overwrites them with their gradient,
+two GEMMs take that up. While a chunk's message travels the next chunk's logits are made, in a second buffer; its part
+of the hidden states' gradient is summed over the ranks while the next ones are computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .autograd import graph_is_kept, row_arguments
+from .chunked import Gradients, How, Problem, Soft, rows_per_chunk
+from .ranks import Exchange, all_gather, refuse_graph
+from .shards import IGNORED, Shard, Whole, find, gradient_call, plain_gradient
+from .spec import Rows, accumulate_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .backends import Backend
+
+
+class Job(NamedTuple):
+    """How a call is computed and with whom."""
+
+    backend: Backend
+    shard: Shard
+    group: Any
+    grad_reduce: str
+    chunk_rows: int
+    """of this rank's hidden states"""
+    wide: bool
+    dtype: torch.dtype
+    wanted: list[bool]
+
+    @property
+    def scattered(self) -> bool:
+        return self.grad_reduce == "scatter"
+
+
+class Order(NamedTuple):
+    """Where the hidden states are sharded too, a chunk holds as many rows of each rank: what it sums up is whole."""
+
+    forward: Tensor
+    """(N,) which row of all comes next"""
+    back: Tensor
+
+    @classmethod
+    def of(cls, n: int, ranks: int, chunk: int, device: torch.device) -> Order:
+        rows = torch.arange(n, device=device).reshape(ranks, -1)
+        forward = torch.cat([part.flatten() for part in rows.split(chunk, 1)])
+        return cls(forward, forward.argsort())
+
+
+def _ordered(rows: Rows, order: Tensor) -> Rows:
+    eps = rows.eps[order] if isinstance(rows.eps, Tensor) and rows.eps.numel() > 1 else rows.eps
+    return rows._replace(target=rows.target[order], eps=eps)
+
+
+def _some(rows: Rows, logits: Tensor, part: slice) -> Rows:
+    eps = rows.eps[part] if isinstance(rows.eps, Tensor) and rows.eps.numel() > 1 else rows.eps
+    return rows._replace(logits=logits, target=rows.target[part], eps=eps)
+
+
+class _Run:
+    """One pass over the chunks of a call."""
+
+    def __init__(self, operands: tuple[Tensor, Tensor, Tensor | None], rows: Rows, job: Job) -> None:
+        self.job, hidden = job, operands[0]
+        ranks, n = dist.get_world_size(job.group), len(operands[0])
+        widest = max(b - a for a, b in itertools.pairwise(job.shard.starts))  # the same chunks on every rank
+        chunk = rows_per_chunk(n, widest * job.dtype.itemsize, hidden.device.type, job.chunk_rows)
+        self.order = None
+        if job.scattered:
+            self.order = Order.of(n * ranks, ranks, chunk, hidden.device)
+            everyone, work = all_gather(hidden.contiguous(), job.group)
+            work.wait()
+            hidden, rows = everyone.flatten(0, 1)[self.order.forward], _ordered(rows, self.order.forward)
+            chunk *= ranks
+        self.rows = rows
+        how = How(job.backend.name, job.dtype, 1, chunk, job.wide, False, job.wanted)
+        call = row_arguments(rows, None)._replace(
+            target=torch.where(rows.valid, 0, IGNORED), ignore_index=IGNORED, weight=None, prior=None
+        )
+        self.problem = Problem((hidden, *operands[1:]), call, Soft(), how, chunk)
+        self.gradients = Gradients(self.problem)
+        self.d_hidden, self.works = None, list[Any]()
+        if job.scattered and job.wanted[0]:
+            self.d_hidden = operands[0].new_empty(operands[0].shape, dtype=job.dtype)
+
+    def logits(self) -> Iterator[tuple[slice, Tensor, Rows]]:
+        for chunk in self.problem.chunks():
+            x, logits, _ = self.problem.part(chunk)
+            yield chunk, x, _some(self.rows, logits, chunk)
+
+    def wholes(self) -> Iterator[tuple[slice, Tensor, Rows, Whole]]:
+        """Every chunk with its rows of all ranks, one behind the logits that are being made."""
+        job, problem, last = self.job, self.problem, None
+        spare = torch.empty_like(problem.buffer) if problem.rows < problem.n else problem.buffer
+        for chunk, x, rows in self.logits():
+            message = Exchange(find(rows, job.backend.kernels), rows, job.shard, job.group)
+            if last is not None:
+                yield *last[:3], last[3].wait()
+            last = (chunk, x, rows, message)
+            problem.buffer, spare = spare, problem.buffer
+        assert last is not None
+        yield *last[:3], last[3].wait()
+
+    def add(self, chunk: slice, x: Tensor, rows: Rows, whole: Whole, factors: Tensor) -> None:
+        """The gradients of a chunk whose logits are x."""
+        kernels = self.job.backend.kernels
+        call, saved = gradient_call(rows, self.job.shard, whole, factors)
+        if x.shape[1] == 0:
+            pass
+        elif kernels is None:
+            x.copy_(plain_gradient(rows.logits, call, saved, rows.spec))
+        else:
+            kernels.backward_(rows.logits, *call, saved)
+        self.gradients.add(x, chunk)
+        part = None if self.gradients.hidden is None else self.gradients.hidden[chunk]
+        if part is None or self.job.grad_reduce == "none":
+            return
+        if self.d_hidden is None:
+            self.works.append(dist.all_reduce(part, group=self.job.group, async_op=True))
+        else:
+            ranks = dist.get_world_size(self.job.group)
+            mine = self.d_hidden[chunk.start // ranks : chunk.stop // ranks]
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self.works.append(scatter(mine, part, group=self.job.group, async_op=True))
+
+    def finished(self) -> list[Tensor | None]:
+        for work in self.works:
+            work.wait()
+        if self.d_hidden is not None:
+            self.gradients.hidden = self.d_hidden
+        grads = self.gradients.finished()
+        return [grad if want else None for grad, want in zip(grads, self.job.wanted, strict=True)]
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Numbers of every row, in the caller's order."""
+        return values if self.order is None else values[..., self.order.back]
+
+
+def _whole(parts: list[Whole], run: _Run) -> Whole:
+    """The rows of all chunks, in the caller's order."""
+
+    def together(values: list[Any]) -> Any:
+        return run.restored(torch.cat(values, -1)) if isinstance(values[0], Tensor) else values[0]
+
+    loss, saved, e, w_y, stats = zip(*parts, strict=True)
+    rows = (
+        None if stats[0] is None else type(stats[0])(*(together(list(column)) for column in zip(*stats, strict=True)))
+    )
+    return Whole(together(list(loss)), together(list(saved)), together(list(e)), together(list(w_y)), rows)
+
+
+class ShardedLinear(torch.autograd.Function):
+    """(loss (N,) or, with ``factors``, Σ factor·loss; then w_y and stats as ``parallel`` hands them on). With factors
+    the gradients are made in the forward, else in the backward, from a second round of GEMMs and no further message."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, job: Job, factors: Tensor | None
+    ) -> tuple[Any, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            run, parts = _Run((hidden, weight, bias), rows, job), []
+            if factors is not None and run.order is not None:
+                factors = factors[run.order.forward]
+            for chunk, x, some, whole in run.wholes():
+                parts.append(whole)
+                if factors is not None and any(job.wanted):
+                    run.add(chunk, x, some, whole, factors[chunk])
+            whole, acc = _whole(parts, run), accumulate_dtype(job.dtype)
+            ctx.grads = run.finished() if factors is not None else None
+        ctx.call, ctx.whole = (rows, job), whole
+        ctx.save_for_backward(hidden, weight, bias)
+        loss = whole.loss
+        if factors is not None:
+            loss = (loss * run.restored(factors)).sum()
+        return loss.to(acc), whole
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        refuse_graph()
+        rows, job = ctx.call
+        if ctx.grads is not None:
+            grads = [None if grad is None else grad * upstream for grad in ctx.grads]
+            if not graph_is_kept():
+                ctx.grads = None
+            return *grads, None, None, None
+        with torch.autocast(rows.target.device.type, enabled=False):
+            run, whole = _Run(ctx.saved_tensors, rows, job), ctx.whole
+            if run.order is not None:
+                order = run.order.forward
+                whole, upstream = _reordered(whole, order), upstream[order]
+            for chunk, x, some in run.logits():
+                run.add(chunk, x, some, _cut(whole, chunk), upstream[chunk])
+            return *run.finished(), None, None, None
+
+
+def _reordered(whole: Whole, order: Tensor) -> Whole:
+    return Whole(whole.loss[order], whole.saved[:, order], whole.e[order], None, None)
+
+
+def _cut(whole: Whole, chunk: slice) -> Whole:
+    return Whole(whole.loss[chunk], whole.saved[:, chunk], whole.e[chunk], None, None)

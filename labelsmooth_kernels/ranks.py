@@ -1,0 +1,101 @@
+"""What the ranks of a process group tell each other: before a call, what must be the same; in it, their numbers."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .shards import Found, Shard, Whole, merge
+from .spec import ArgumentError, Rows, check_index_targets
+
+_HEADER, _TEXT = 2048, 160  # bytes that a rank tells before a call; characters of an error, 12 bytes each at most
+_ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
+_agreed: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
+
+
+def group_of(group: Any) -> Any:
+    """The process group that an argument names."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ArgumentError("group must be a process group, and torch.distributed has none: call init_process_group")
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(f"group must be a process group that this rank belongs to or None, got {group!r}")
+    return group
+
+
+def all_gather(sent: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """(what all ranks sent, (ranks, ...); the work to wait for)"""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # PyTorch 2.13 renamed it
+    got = sent.new_empty(dist.get_world_size(group), *sent.shape)
+    return got, gather(got.flatten(0, 1) if sent.dim() > 1 else got.flatten(), sent, group=group, async_op=True)
+
+
+def refuse_graph() -> None:
+    """Of a backward: what it returns must not look as if it had been differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph=True is not served where classes are sharded: differentiate whole logits")
+
+
+class Agreement:
+    """The exchange of facts before a call, begun here and looked at in :meth:`wait`. The facts are the same on every
+    rank, but for "classes", how many it has; "error" holds the kind and the text of an error instead."""
+
+    def __init__(self, group: Any, facts: dict[str, Any], device: torch.device) -> None:
+        if "error" in facts:
+            facts = {"error": [facts["error"][0], facts["error"][1][:_TEXT]]}
+        self.group, self.mine, self.work = group, json.dumps(facts), None
+        if device.type != "cpu" and self.mine in _agreed.setdefault(group, {}):
+            return  # to look again would wait for the GPU
+        header = torch.frombuffer(bytearray(self.mine.ljust(_HEADER), "ascii"), dtype=torch.uint8)
+        self.told, self.work = all_gather(header.to(device), group)
+
+    def wait(self) -> Shard:
+        """Where this rank's classes lie; raises, on every rank, where one has refused or two disagree."""
+        rank = dist.get_rank(self.group)
+        if self.work is None:
+            return Shard(rank, _agreed[self.group][self.mine])
+        self.work.wait()
+        facts = [json.loads(bytes(row)) for row in self.told.cpu().tolist()]
+        for r, fact in enumerate(facts):
+            if "error" in fact:
+                kind, text = fact["error"]
+                raise _ERRORS.get(kind, RuntimeError)(f"rank {r}: {text}")
+        for name in facts[0]:
+            values = [fact.get(name) for fact in facts]
+            if name != "classes" and any(value != values[0] for value in values):
+                raise ArgumentError(
+                    f"{name} must be the same on all ranks, got {values} on ranks 0 to {len(facts) - 1}"
+                )
+        starts = [0]
+        for fact in facts:
+            starts.append(starts[-1] + fact["classes"])
+        _agreed.setdefault(self.group, {})[self.mine] = tuple(starts)
+        return Shard(rank, tuple(starts))
+
+
+def check_together(rows: Rows, shard: Shard) -> None:
+    """What needs the classes of all ranks, and fails on all of them alike."""
+    if rows.spec.smoothing == "others" and shard.num_classes == 1 and rows.spec.smooths:
+        raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other to smooth over")
+    if rows.logits.device.type == "cpu":
+        check_index_targets(rows.target, shard.num_classes, rows.spec.ignore_index)
+
+
+class Exchange:
+    """The one message of a call or a chunk, under way from here on until :meth:`wait`."""
+
+    def __init__(self, found: Found, rows: Rows, shard: Shard, group: Any) -> None:
+        found = found.with_target(rows, shard)
+        self.sent, self.rows, self.shard = [value is not None for value in found], rows, shard
+        self.got, self.work = all_gather(torch.stack([value for value in found if value is not None]), group)
+
+    def wait(self) -> Whole:
+        self.work.wait()
+        columns = iter(self.got.unbind(1))
+        fields = [next(columns) if sent else None for sent in self.sent]
+        return merge(Found(*fields), self.rows, self.shard)  # type: ignore[arg-type]  # zmax and logsum are sent

@@ -1,0 +1,306 @@
+"""The loss over ranks that hold some of the classes: one device's numbers, to the bit on all; errors without a hang."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_data_parallel import needs_gloo
+from torch import Tensor
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import parallel, ranks
+from labelsmooth_kernels.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = needs_gloo
+N, D, EPS = 12, 5, 0.1
+CUTS = {"2": (0, 8, 16), "unequal": (0, 1, 5), "empty between": (0, 3, 3, 11), "few classes": (0, 0, 2, 2, 5)}
+PRECISE = {torch.float64: (1e-11, 1e-12), torch.float32: (2e-5, 2e-6), torch.bfloat16: (2e-2, 2e-2)}
+COLUMNS = ("weight", "smoothing")
+
+
+def options(k: int) -> dict[str, dict[str, Any]]:
+    rng = torch.Generator().manual_seed(k)
+    weight, prior, rows = (torch.rand(n, generator=rng, dtype=torch.float64) + 0.1 for n in (k, k, N))
+    smoothed: dict[str, Any] = {"label_smoothing": EPS}
+    return {
+        "plain": {},
+        "uniform": smoothed,
+        "sharpened": {"label_smoothing": -0.2},
+        "others": smoothed | {"smoothing": "others"},
+        "prior": smoothed | {"smoothing": prior / prior.sum()},
+        "class weights": {"weight": weight},
+        "class weights and prior": smoothed | {"weight": weight, "smoothing": prior / prior.sum()},
+        "z-loss and penalty": smoothed | {"z_loss": 1e-2, "confidence_penalty": 0.1},
+        "scale and cap": smoothed | {"logit_scale": -0.5, "softcap": 3.0},
+        "row and class weights": smoothed | {"row_weight": rows, "weight": weight},
+        "normalizer": smoothed | {"normalizer": torch.tensor(11)},
+        "sum": {"reduction": "sum", "weight": weight},
+        "none": {"reduction": "none", "label_smoothing": torch.linspace(-0.3, 1, N, dtype=torch.float64)},
+        "class 0 ignored": smoothed | {"ignore_index": 0},
+    }
+
+
+def of_rank(given: dict[str, Any], part: slice) -> dict[str, Any]:
+    return {k: v[part] if k in COLUMNS and isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+def draw(k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits, target, hidden, head)"""
+    rng = torch.Generator().manual_seed(k)
+    x, hidden, head = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((N, k), (N, D), (k, D)))
+    y = torch.randint(k, (N,), generator=rng)
+    y[2] = -100
+    return (4 * x).to(dtype), y, hidden.to(dtype), head.to(dtype)
+
+
+# ---- processes
+
+
+def spawn(run: Callable[..., None], size: int, folder: Path, *arguments: object, seconds: float = 60) -> None:
+    torch.multiprocessing.spawn(_begin, (run, size, str(folder), seconds, arguments), nprocs=size)
+
+
+def _begin(rank: int, run: Callable[..., None], size: int, folder: str, seconds: float, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=seconds), rank=rank, world_size=size
+    )
+    run(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def of_case(name: str, y: Tensor) -> Tensor:
+    """Its targets: where class 0 is the ignored one, no other is."""
+    return y.where(y != -100, 0) if "ignored" in name else y
+
+
+def agree_to_the_bit(values: Tensor) -> None:
+    got, work = ranks.all_gather(values.detach().flatten(), dist.group.WORLD)
+    work.wait()
+    assert all(torch.equal(got[0], other) for other in got)
+
+
+def same_as_one(name: str, got: Any, want: Any, grads: Any, want_grads: Any, dtype: torch.dtype) -> None:
+    rtol, atol = PRECISE[dtype]
+    close = functools.partial(
+        torch.testing.assert_close, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}, {dtype}: {m}"
+    )
+    (loss, stats), (want_loss, want_stats) = got, want
+    for value, wanted in zip((loss, *grads), (want_loss, *want_grads), strict=True):
+        assert value.dtype == wanted.dtype
+        close(value, wanted)
+    for value, wanted in zip(stats, want_stats, strict=True):
+        if value.is_floating_point():
+            close(value, wanted)
+        elif dtype != torch.bfloat16:  # where roundings make logits equal any may be first, and of NaNs any may
+            close(value.where(~want_stats.lse.isnan(), 0), wanted.where(~want_stats.lse.isnan(), 0))
+    agree_to_the_bit(loss)
+
+
+# ---- one device's numbers
+
+
+def _logits(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
+    part = slice(cuts[rank], cuts[rank + 1])
+    for dtype in (torch.float64, torch.float32):
+        x, y, *_ = draw(cuts[-1], dtype)
+        masked = x.where((torch.arange(x.shape[1]) % 3 != 0) | (torch.arange(N)[:, None] > 5), -torch.inf)
+        masked[torch.arange(N), y.clamp_min(0)] = 1.0
+        masked[2] = torch.nan  # ignored
+        cases = {name: (x, given) for name, given in options(cuts[-1]).items()}
+        cases |= {
+            f"masked, {name}": (masked, given) for name, given in options(cuts[-1]).items() if "scale" not in name
+        }
+        for name in ("uniform", "others", "class weights and prior"):
+            cases[f"finite, {name}"] = (masked, options(cuts[-1])[name] | {"smooth_over": "finite"})
+        for name, (logits, given) in cases.items():
+            target = of_case(name, y)
+            full, mine = (t.clone().requires_grad_() for t in (logits, logits[:, part]))
+            want = lsk.cross_entropy(full, target, return_stats="all", **given)
+            got = parallel.cross_entropy(mine, target, return_stats="all", backend=backend, **of_rank(given, part))
+            seed = torch.linspace(-1, 2, N, dtype=dtype) if want[0].dim() else torch.tensor(1.3, dtype=dtype)
+            (want_grad,) = torch.autograd.grad(want[0], full, seed)
+            (grad,) = torch.autograd.grad(got[0], mine, seed)
+            same_as_one(name, got, want, [grad], [want_grad[:, part]], dtype)
+            plain = parallel.cross_entropy(mine.detach(), target, backend=backend, **of_rank(given, part))
+            assert torch.equal(plain, got[0].detach()) or name.startswith("masked")
+
+
+def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
+    part = slice(cuts[rank], cuts[rank + 1])
+    x, y, *_ = draw(cuts[-1], torch.float32)
+    want = lsk.cross_entropy(x, y, label_smoothing=EPS, reduction="none")
+    cube = x.reshape(3, 4, -1)[..., part]
+    for logits, dim in ((cube, -1), (cube.movedim(-1, 1).contiguous(), 1)):
+        got = parallel.cross_entropy(logits, y.reshape(3, 4), label_smoothing=EPS, reduction="none", class_dim=dim)
+        torch.testing.assert_close(got, want.reshape(3, 4))
+    leaf = x[:, part].clone().requires_grad_()
+    overwritten = leaf * 1.0
+    (grad,) = torch.autograd.grad(parallel.cross_entropy(leaf, y, label_smoothing=EPS), leaf)
+    (again,) = torch.autograd.grad(parallel.cross_entropy(overwritten, y, label_smoothing=EPS, inplace=True), leaf)
+    assert torch.equal(grad, again)
+    assert torch.equal(overwritten, grad) or leaf.shape[1] == 0
+    hidden, head = (t.float().requires_grad_() for t in draw(cuts[-1])[2:])
+    for loss, at in (
+        (parallel.cross_entropy(leaf, y), leaf),
+        (parallel.linear_cross_entropy(hidden, head[part], y), hidden),
+        (parallel.linear_cross_entropy(hidden, head[part], y, reduction="none").sum(), hidden),
+    ):
+        with pytest.raises(RuntimeError, match="create_graph=True is not served where classes are sharded"):
+            torch.autograd.grad(loss, at, create_graph=True)
+
+
+def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
+    part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
+    for dtype in PRECISE if backend is None else (torch.float64,):
+        _, y, hidden, head = draw(cuts[-1], dtype)
+        bias = head[:, 0].contiguous()
+        for i, (name, given) in enumerate(options(cuts[-1]).items()):
+            full, target = [t.clone().requires_grad_() for t in (hidden, head, bias)], of_case(name, y)
+            want = lsk.linear_cross_entropy(full[0], full[1], target, linear_bias=full[2], return_stats="all", **given)
+            seed = torch.linspace(-1, 2, N, dtype=want[0].dtype) if want[0].dim() else torch.tensor(1.3).to(want[0])
+            want_grads = list(torch.autograd.grad(want[0], full, seed))
+            mine = slice(rank * N // size, (rank + 1) * N // size)
+            for reduce, chunk in (("all", None), ("scatter", 2), ("none", 5), ("all", 5))[i % 2 :: 2]:
+                rows = mine if reduce == "scatter" else slice(None)
+                leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part], bias[part])]
+                got = parallel.linear_cross_entropy(
+                    leaves[0], leaves[1], target, linear_bias=leaves[2], return_stats="all", backend=backend,
+                    grad_reduce=reduce, chunk_rows=chunk, **of_rank(given, part),
+                )  # fmt: skip
+                grads = list(torch.autograd.grad(got[0], leaves, seed))
+                if reduce == "none":
+                    dist.all_reduce(grads[0])
+                elif reduce == "all":
+                    agree_to_the_bit(grads[0])
+                of_mine = [want_grads[0][rows], want_grads[1][part], want_grads[2][part]]
+                same_as_one(f"{name}, {reduce}", got, want, grads, of_mine, dtype)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_logits(cuts: tuple[int, ...], tmp_path: Path) -> None:
+    spawn(_logits, len(cuts) - 1, tmp_path, cuts, None)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_a_linear_head(cuts: tuple[int, ...], tmp_path: Path) -> None:
+    spawn(_linear, len(cuts) - 1, tmp_path, cuts, None)
+
+
+def test_plain_pytorch(tmp_path: Path) -> None:
+    for i, run in enumerate((_logits, _linear)):
+        (tmp_path / str(i)).mkdir()
+        spawn(run, 3, tmp_path / str(i), CUTS["empty between"], "reference")
+
+
+@pytest.mark.skipif(BACKENDS["triton"].unavailable() is not None, reason="Triton does not run here")
+def test_triton(tmp_path: Path) -> None:
+    spawn(_triton, 2, tmp_path, CUTS["unequal"])
+
+
+def _triton(rank: int, cuts: tuple[int, ...]) -> None:
+    part = slice(cuts[rank], cuts[rank + 1])
+    x, y, *_ = draw(cuts[-1], torch.float32)
+    for name, given in options(cuts[-1]).items():
+        full, mine = (t.clone().requires_grad_() for t in (x, x[:, part]))
+        target = of_case(name, y)
+        want = lsk.cross_entropy(full, target, return_stats="all", backend="reference", **given)
+        got = parallel.cross_entropy(mine, target, return_stats="all", backend="triton", **of_rank(given, part))
+        (want_grad,) = torch.autograd.grad(want[0].sum(), full)
+        same_as_one(name, got, want, torch.autograd.grad(got[0].sum(), mine), [want_grad[:, part]], torch.float32)
+
+
+def test_layouts_and_places(tmp_path: Path) -> None:
+    spawn(_layouts, 3, tmp_path, CUTS["empty between"])
+
+
+# ---- what others get wrong
+
+
+def megatron(local: Tensor, y: Tensor, first: int, eps: float) -> Tensor:
+    """Its smoothing, as published: K and Σ log p of one rank's classes."""
+    k = local.shape[1]
+    zmax = local.amax(1)
+    dist.all_reduce(zmax, dist.ReduceOp.MAX)
+    z = local - zmax[:, None]
+    here = (y >= first) & (y < first + k)
+    z_y = torch.where(here, z.gather(1, (y - first).clamp(0, k - 1)[:, None])[:, 0], 0.0)
+    total = z.exp().sum(1)
+    dist.all_reduce(z_y)
+    dist.all_reduce(total)
+    eps = eps * k / (k - 1)
+    return (1 - eps) * (total.log() - z_y) - eps * (z.exp() / total[:, None]).log().mean(1)
+
+
+def transformer_engine(local: Tensor, y: Tensor, first: int, eps: float, k: int) -> Tensor:
+    """The same with the K of all ranks, and Σ z of one."""
+    loss = parallel.cross_entropy(local, y, reduction="none")
+    lse = parallel.cross_entropy(local, y, reduction="none", return_stats=True)[1].lse
+    return (1 - eps) * loss + eps * lse - eps / k * local.sum(1)
+
+
+def _regressions(rank: int, cuts: tuple[int, ...]) -> None:
+    part, k = slice(cuts[rank], cuts[rank + 1]), cuts[-1]
+    x, y, *_ = draw(k, torch.float32)
+    y = y.clamp_min(0)
+    want = F.cross_entropy(x.double(), y, label_smoothing=EPS, reduction="none")
+    got = parallel.cross_entropy(x[:, part], y, label_smoothing=EPS, reduction="none")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    for other in (megatron(x[:, part], y, part.start, EPS), transformer_engine(x[:, part], y, part.start, EPS, k)):
+        assert (other.double() - want).abs().max() > 0.05, "a rank's own K, or its own sum, must show"
+    wide = torch.linspace(-100, 100, k).expand(N, k)[:, part].clone().requires_grad_()
+    loss = parallel.cross_entropy(wide, y, label_smoothing=EPS, reduction="none")
+    all_wide = torch.linspace(-100, 100, k, dtype=torch.float64).expand(N, k)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(all_wide, y, label_smoothing=EPS, reduction="none"))
+    assert torch.autograd.grad(loss.sum(), wide)[0].isfinite().all()
+    for wrong in (k, -1, 2**31 + 1, 2**40):
+        with pytest.raises(IndexError, match=rf"target must be in \[0, {k}\).*got {wrong} in row 3"):
+            parallel.cross_entropy(x[:, part], y.index_fill(0, torch.tensor([3]), wrong))
+    far = x[:, part] + 1e5
+    for value in (far, x[:, part]):
+        exact = F.cross_entropy(torch.cat(_everyone(value), 1).double(), y, label_smoothing=EPS, reduction="none")
+        found = parallel.cross_entropy(value, y, label_smoothing=EPS, reduction="none")
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def _everyone(mine: Tensor) -> list[Tensor]:
+    """Of as many classes on every rank."""
+    got, work = ranks.all_gather(mine.contiguous(), dist.group.WORLD)
+    work.wait()
+    return list(got)
+
+
+@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 2, 4, 6, 8)], ids=["2 ranks", "4 ranks"])
+def test_failures_of_others(cuts: tuple[int, ...], tmp_path: Path) -> None:
+    spawn(_regressions, len(cuts) - 1, tmp_path, cuts)
+
+
+def _global_mean(rank: int) -> None:
+    """Any split of one batch over ranks, with unequal numbers of valid rows, has the gradient of the whole."""
+    _x, y, hidden, head = draw(7)
+    y[6:11] = -100
+    leaf = head.clone().requires_grad_()
+    lsk.cross_entropy(hidden @ leaf.T, y, label_smoothing=EPS).backward()
+    for cut in (6, 2, 11, 0):
+        mine = slice(0, cut) if rank == 0 else slice(cut, None)
+        part = head.clone().requires_grad_()
+        count = parallel.token_count(y[mine])
+        loss = lsk.cross_entropy(hidden[mine] @ part.T, y[mine], label_smoothing=EPS, normalizer=count)
+        loss.backward()
+        dist.all_reduce(part.grad)
+        torch.testing.assert_close(part.grad, leaf.grad)
+        assert int(count) == 6
+
+
+def test_a_mean_over_all_ranks(tmp_path: Path) -> None:
+    spawn(_global_mean, 2, tmp_path)

@@ -1,0 +1,123 @@
+"""Ranks that disagree, die, or talk of other things; what the loss over ranks sends."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_data_parallel import needs_gloo
+from test_parallel import EPS, N, draw, spawn
+from torch import Tensor
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import parallel, ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = needs_gloo
+
+
+def _disagree(rank: int) -> None:
+    x, y, hidden, head = draw(8, torch.float32)
+    part = slice(4 * rank, 4 * rank + 4)
+    mine, bad = x[:, part], rank == 1
+
+    def refused(kind: type[Exception], match: str, *arguments: Any, **given: Any) -> None:
+        with pytest.raises(kind, match=match):
+            parallel.cross_entropy(*arguments, **given)
+
+    same = "must be the same on all ranks, got"
+    n = N - 1 if bad else N
+    refused(lsk.ArgumentError, rf"shape of target {same} \[\[12\], \[11\]\]", mine[:n], y[:n])
+    refused(lsk.ArgumentError, f"dtype {same}", mine.double() if bad else mine, y)
+    refused(lsk.ArgumentError, f"label_smoothing {same}", mine, y, label_smoothing=0.2 if bad else 0.1)
+    refused(lsk.ArgumentError, f"reduction {same}", mine, y, reduction="sum" if bad else "mean")
+    refused(lsk.ArgumentError, f"weight {same}", mine, y, torch.ones(4) if bad else None)
+    refused(lsk.ArgumentError, f"sum of target {same}", mine, y.flip(0).clamp_max(5) if bad else y)
+    refused(lsk.ArgumentError, "rank 1: label_smoothing must be a finite", mine, y, label_smoothing=3.0 if bad else 0.1)
+    refused(TypeError, "rank 1: .*unexpected keyword", mine, y, **({"smothing": 1} if bad else {}))
+    refused(lsk.ArgumentError, "rank 0: target must hold class indices", mine, mine.softmax(1))
+    with pytest.raises(lsk.ArgumentError, match="rank 0: grad_reduce must be 'all', 'scatter' or 'none', got 'sum'"):
+        parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="sum")
+    with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):
+        parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="none" if bad else "all")
+    with pytest.raises(lsk.ArgumentError, match="group must be a process group"):
+        parallel.cross_entropy(mine, y, group="tensor parallel")
+    torch.testing.assert_close(parallel.cross_entropy(mine, y), lsk.cross_entropy(x, y))  # nothing is left behind
+
+
+def test_ranks_that_disagree_all_say_so(tmp_path: Path) -> None:
+    spawn(_disagree, 2, tmp_path)
+
+
+def _traffic(rank: int) -> None:
+    """Messages of others on the same group, before, between and behind; a subgroup; a compiled caller."""
+    x, y, hidden, head = draw(8, torch.float32)
+    part = slice(4 * rank, 4 * rank + 4)
+    mine = x[:, part].clone().requires_grad_()
+    buffer, before = torch.full((1000,), float(rank + 1)), parallel.token_count(y)
+    work = dist.all_reduce(buffer, async_op=True)
+    loss = parallel.cross_entropy(mine, y, label_smoothing=EPS, normalizer=before)
+    head_loss = parallel.linear_cross_entropy(hidden, head[part], y, chunk_rows=2)
+    work.wait()
+    assert buffer.eq(3).all()
+    assert before == 22
+    torch.testing.assert_close(loss, lsk.cross_entropy(x, y, label_smoothing=EPS, normalizer=22))
+    torch.testing.assert_close(head_loss, lsk.linear_cross_entropy(hidden, head, y))
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    torch.testing.assert_close(parallel.cross_entropy(x, y, group=alone), lsk.cross_entropy(x, y))
+    compiled = torch.compile(lambda x: parallel.cross_entropy(2 * x, y, label_smoothing=EPS), backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(mine), mine)
+    want = x.clone().requires_grad_()
+    (want_grad,) = torch.autograd.grad(lsk.cross_entropy(2 * want, y, label_smoothing=EPS), want)
+    torch.testing.assert_close(grad, want_grad[:, part])
+
+
+def test_other_traffic(tmp_path: Path) -> None:
+    spawn(_traffic, 2, tmp_path)
+
+
+def _one_dies(rank: int) -> None:
+    x, y, *_ = draw(8, torch.float32)
+    mine = x[:, 4 * rank : 4 * rank + 4]
+    parallel.cross_entropy(mine, y)
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        parallel.cross_entropy(mine, y)
+    os._exit(0)  # the group cannot be left in order
+
+
+def test_a_rank_that_dies_is_noticed(tmp_path: Path) -> None:
+    spawn(_one_dies, 2, tmp_path, seconds=10)
+
+
+def _messages(rank: int) -> None:
+    x, y, *_ = draw(8, torch.float32)
+    sent: list[Tensor] = []
+    real = ranks.all_gather
+
+    def counting(tensor: Tensor, group: Any) -> Any:
+        sent.append(tensor)
+        return real(tensor, group)
+
+    ranks.all_gather = counting  # type: ignore[assignment]
+    mine = x[:, 4 * rank : 4 * rank + 4].clone().requires_grad_()
+    for given, numbers in (({}, 3), ({"label_smoothing": EPS}, 4), ({"label_smoothing": EPS, "z_loss": 0.1}, 4)):
+        sent.clear()
+        parallel.cross_entropy(mine, y, **given).backward()  # type: ignore[arg-type]
+        assert [(t.shape, t.dtype) for t in sent[1:]] == [((numbers, N), torch.float32)]
+        assert sent[0].dtype == torch.uint8  # the facts
+
+
+def test_one_message_of_a_few_numbers_per_row(tmp_path: Path) -> None:
+    spawn(_messages, 2, tmp_path)
+
+
+def test_without_a_group() -> None:
+    with pytest.raises(lsk.ArgumentError, match=r"torch\.distributed has none: call init_process_group"):
+        parallel.cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
