@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from typing import Any, Literal, overload
@@ -133,11 +134,18 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
 
 def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
+    if is_dtensor(input):
+        return importlib.import_module("labelsmooth_kernels.dtensor").cross_entropy(input, target, spec)  # type: ignore[no-any-return]
     rows, shape = prepare(input, target, spec)
     chosen = backends.select(rows)
     if os.environ.get(CHECK_TARGETS) == "1" or (chosen.kernels is None and input.device.type == "cpu"):
         check_targets(rows)  # the kernels look for themselves on a CPU
     return shaped(*(_by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)), shape, spec)
+
+
+def is_dtensor(value: object) -> bool:
+    """Told by name: torch.distributed.tensor takes long to import, and few need it."""
+    return type(value).__name__ == "DTensor"
 
 
 def shaped(

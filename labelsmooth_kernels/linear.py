@@ -9,6 +9,7 @@ torch.func transforms, and where a dense soft target wants a gradient.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .functional import (
     check_same_device,
     check_targets,
     denominator,
+    is_dtensor,
     kernel_stats,
     prepare,
     reduce,
@@ -145,10 +147,16 @@ def linear_cross_entropy(
     Only gradients that are demanded are computed and allocated. A second derivative is taken through whole logits.
     Source: the chunks of Liger Kernel (Hsu et al. 2024), the tiles of Wijmans et al. 2025, "Cut Your Losses".
     """
-    check_operands(input, linear_weight, linear_bias)
     for name in ("class_dim", "inplace"):
         if name in loss_options:
             raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
+    if is_dtensor(input) or is_dtensor(linear_weight):
+        given = {"ignore_index": -100 if ignore_index is None else ignore_index, "weight": weight, **loss_options}
+        chunks = {"chunk_rows": chunk_rows, "grad_accumulation": grad_accumulation}
+        only_here = {"skip_ignored": skip_ignored, "method": method, "filter_eps": filter_eps}
+        serve = importlib.import_module("labelsmooth_kernels.dtensor").linear_cross_entropy
+        return serve(input, linear_weight, target, linear_bias, given, chunks, only_here)  # type: ignore[no-any-return]
+    check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     spec = LossSpec(weight=weight, ignore_index=ignored, class_dim=input.dim() - 1, **loss_options)
     how = LinearSpec(

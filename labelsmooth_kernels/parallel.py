@@ -58,15 +58,8 @@ def cross_entropy(
     group = group_of(group)
     with _told(group, input):
         spec = LossSpec(weight=weight, **options)
-        rows, shape = prepare(input, target, spec, shard=True)
-        chosen = _backend(rows)
-    agreement = Agreement(group, _facts(rows, shape), rows.logits.device)
-    if torch.is_grad_enabled() and rows.logits.requires_grad:
-        loss, whole = _Sharded.apply(rows.logits, rows, chosen, group, agreement)  # type: ignore[no-untyped-call]
-    else:
-        whole = _gathered(rows, chosen, group, agreement)[0]
-        loss = whole.loss
-    return _result(loss, whole, rows, shape)
+    result: Tensor | tuple[Tensor, RowStats] = apply_spec(input, target, spec, group)
+    return result
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -121,6 +114,7 @@ def linear_cross_entropy(
     operands, dtype = (input, linear_weight, linear_bias), rows.logits.dtype
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands]
     facts = _facts(rows, shape) | {"grad_reduce": grad_reduce, "chunk_rows": chunk_rows, "features": input.shape[-1]}
+    facts["a gradient is wanted"] = any(wanted)
     if grad_reduce != "none":
         facts["requires_grad of input"] = wanted[0]
     shard = Agreement(group, facts, input.device).wait()
@@ -135,6 +129,21 @@ def linear_cross_entropy(
     loss, whole = ShardedLinear.apply(*given)  # type: ignore[no-untyped-call]
     if one_pass:
         return shaped(loss, _stats(whole, loss.dtype), shape, spec)
+    return _result(loss, whole, rows, shape)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def apply_spec(input: Tensor, target: Tensor, spec: LossSpec, group: Any) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
+    with _told(group, input):
+        rows, shape = prepare(input, target, spec, shard=True)
+        chosen = _backend(rows)
+    agreement = Agreement(group, _facts(rows, shape), rows.logits.device)
+    if torch.is_grad_enabled() and rows.logits.requires_grad:
+        loss, whole = _Sharded.apply(rows.logits, rows, chosen, group, agreement)  # type: ignore[no-untyped-call]
+    else:
+        whole = _gathered(rows, chosen, group, agreement)[0]
+        loss = whole.loss
     return _result(loss, whole, rows, shape)
 
 

@@ -111,7 +111,9 @@ class Whole(NamedTuple):
 def _alone(rows: Rows, target: Tensor) -> Rows:
     """The call of a rank's columns as if there were no others, nothing but what is smoothed over."""
     smoothing = rows.spec.smoothing if isinstance(rows.spec.smoothing, Tensor) else "uniform"
-    stats = rows.spec.return_stats or ("entropy" if rows.spec.confidence_penalty else False)
+    stats = rows.spec.return_stats
+    if rows.spec.confidence_penalty and rows.spec.n_stats < 2:
+        stats = "entropy"
     spec = dataclasses.replace(
         rows.spec, label_smoothing=1.0, smoothing=smoothing, z_loss=0.0, confidence_penalty=0.0, ignore_index=IGNORED,
         row_weight=None, normalizer=None, inplace=False, return_stats=stats,

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
 FLOORS = """spec | reference ops | backends conventions | autograd chunked | functional linear_autograd shards |
-    linear ranks | parallel_linear calibration distillation representation | parallel smoothing | modules doctor |
-    __init__ __main__"""
+    linear ranks | parallel_linear calibration distillation representation | parallel smoothing | modules doctor
+    dtensor | __init__ __main__"""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
     TopK calibration conventions cross_entropy distillation functional linear_cross_entropy parallel reference
     representation smoothing"""

@@ -1,0 +1,119 @@
+"""DTensors in, by their placements: which process group holds the classes, and what a rank has of them.
+
+Served: logits whose classes, or a head whose rows, are sharded on one dimension of the mesh, all the rest replicated;
+hidden states replicated, or sharded along their first dimension on the mesh dimension of the head (sequence
+parallelism). Losses and statistics come out as plain tensors, the same on every rank; gradients as DTensors placed like
+what they are the gradients of. Class weights, priors and biases may be whole, or DTensors placed like the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from . import functional, linear, parallel
+from .spec import ArgumentError, LossSpec
+
+if TYPE_CHECKING:
+    from .reference import RowStats
+
+
+def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`labelsmooth_kernels.cross_entropy` of logits that are a DTensor."""
+    dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
+    at = _sharded("input", input, dim, "its classes")
+    local = _class_vectors(spec, input, at)
+    if at is None:
+        return functional.apply_spec(input.to_local(), _whole("target", target), local)
+    y, group = _whole("target", target), input.device_mesh.get_group(at)
+    result: Tensor | tuple[Tensor, RowStats] = parallel.apply_spec(input.to_local(), y, local, group)
+    return result
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    given: dict[str, Any],
+    chunks: dict[str, Any],
+    only_here: dict[str, Any],
+) -> Tensor | tuple[Tensor, RowStats]:
+    """:func:`labelsmooth_kernels.linear_cross_entropy` where the head, or the hidden states, are DTensors."""
+    if not isinstance(linear_weight, DTensor):
+        raise ArgumentError(
+            "linear_weight must be a DTensor beside an input that is one: distribute_tensor makes it one"
+        )
+    at = _sharded("linear_weight", linear_weight, 0, "its rows")
+    local = dict(given)
+    for name in ("weight", "smoothing"):
+        if isinstance(given.get(name), Tensor):
+            local[name] = _of_rank(name, given[name], linear_weight, at)
+    bias = None if linear_bias is None else _of_rank("linear_bias", linear_bias, linear_weight, at)
+    head, y = linear_weight.to_local(), _whole("target", target)
+    if at is None:
+        return linear.linear_cross_entropy(
+            _whole("input", input), head, y, linear_bias=bias, **local, **chunks, **only_here
+        )
+    for name, default in (("skip_ignored", None), ("method", "chunked"), ("filter_eps", None)):
+        if only_here[name] not in (default, False):
+            raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
+    reduce, hidden = "all", input
+    if isinstance(input, DTensor):
+        rows = _sharded("input", input, 0, "its first dimension")
+        if rows not in (None, at):
+            raise ArgumentError(f"input must be sharded on the mesh dimension of linear_weight, {at}, got {rows}")
+        reduce, hidden = "all" if rows is None else "scatter", input.to_local()
+    group = linear_weight.device_mesh.get_group(at)
+    result: Tensor | tuple[Tensor, RowStats] = parallel.linear_cross_entropy(
+        hidden, head, y, linear_bias=bias, group=group, grad_reduce=reduce, **local, **chunks
+    )
+    return result
+
+
+def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
+    """The mesh dimension on which ``dim`` is sharded, where that is all the placement says; None where it is not."""
+    found = [i for i, p in enumerate(tensor.placements) if type(p) is Shard and p.dim % tensor.dim() == dim]
+    others = [p for i, p in enumerate(tensor.placements) if i not in found]
+    if len(found) > 1 or not all(isinstance(p, Replicate) for p in others):
+        raise ArgumentError(
+            f"{name} must have {what} sharded on one mesh dimension at most and be replicated on the others, got "
+            f"{tuple(tensor.placements)}: redistribute() it"
+        )
+    return found[0] if found else None
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    """What every rank has all of."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not all(isinstance(p, Replicate) for p in tensor.placements):
+        raise ArgumentError(f"{name} must be replicated, got {tuple(tensor.placements)}: redistribute() it")
+    return tensor.to_local()
+
+
+def _of_rank(name: str, vector: Tensor, like: DTensor, at: int | None, dim: int = 0) -> Tensor:
+    """The part of a vector (K,) that belongs to this rank's classes."""
+    if isinstance(vector, DTensor) and at is not None and _sharded(name, vector, 0, "its classes") == at:
+        return vector.to_local()
+    whole, k = _whole(name, vector), like.shape[dim]
+    if whole.shape != (k,):
+        raise ArgumentError(f"{name} must have shape ({k},), one value per class, got {tuple(whole.shape)}")
+    if at is None:
+        return whole
+    each = -(-k // like.device_mesh.size(at))  # as Shard cuts: like torch.chunk
+    begin = min(each * like.device_mesh.get_local_rank(at), k)
+    return whole[begin : begin + each]
+
+
+def _class_vectors(spec: LossSpec, input: DTensor, at: int | None) -> LossSpec:
+    dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
+    local: dict[str, Any] = {
+        name: _of_rank(name, value, input, at, dim)
+        for name in ("weight", "smoothing")
+        if isinstance(value := getattr(spec, name), Tensor)
+    }
+    return dataclasses.replace(spec, **local)

@@ -1,0 +1,176 @@
+"""DTensors as they come out of tensor-parallel layers, and FSDP2's weights, beside one process with all of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_data_parallel import needs_gloo
+from test_parallel import EPS, D, N, draw, options, spawn
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+
+import labelsmooth_kernels as lsk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = needs_gloo
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    got = got.full_tensor() if isinstance(got, DTensor) else got
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def _logits(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for k in (16, 5, 1):  # evenly, unevenly, and none at all for one rank
+        x, y, *_ = draw(k)
+        for name, given in options(k).items():
+            if "ignored" in name or (k == 1 and name == "others"):
+                continue
+            full, leaf = x.clone().requires_grad_(), distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+            want, want_stats = lsk.cross_entropy(full, y, return_stats=True, **given)
+            got, stats = lsk.cross_entropy(leaf, y, return_stats=True, **given)
+            close(got, want)
+            close(stats.nll, want_stats.nll)
+            got.sum().backward()
+            want.sum().backward()
+            assert isinstance(leaf.grad, DTensor)
+            assert leaf.grad.placements == leaf.placements
+            close(leaf.grad, full.grad)
+    x, y, *_ = draw(16)
+    weight = options(16)["class weights"]["weight"]
+    placed = distribute_tensor(weight, mesh, [Shard(0)])
+    sharded, target = distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(y, mesh, [Replicate()])
+    close(lsk.cross_entropy(sharded, target, placed), lsk.cross_entropy(x, y, weight))
+    close(lsk.cross_entropy(distribute_tensor(x, mesh, [Replicate()]), y, weight), lsk.cross_entropy(x, y, weight))
+    cube = distribute_tensor(x.reshape(3, 4, -1), mesh, [Shard(2)])
+    close(
+        lsk.CrossEntropyLoss(label_smoothing=EPS, class_dim=-1)(cube, y.reshape(3, 4)),
+        F.cross_entropy(x, y, label_smoothing=EPS),
+    )
+
+
+def _colwise_head(rank: int) -> None:
+    """A tensor-parallel head, trained a step; and what loss_parallel does."""
+    mesh = init_device_mesh("cpu", (2,))
+    _, y, hidden, head = draw(16)
+    layers = [nn.Linear(D, 16, bias=True, dtype=torch.float64) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict({"weight": head, "bias": head[:, 0]})
+    parallelize_module(layers[0], mesh, ColwiseParallel(use_local_output=False))
+    logits = layers[0](hidden)
+    assert logits.placements == (Shard(1),)
+    lsk.cross_entropy(logits, y, label_smoothing=EPS).backward()
+    F.cross_entropy(layers[1](hidden), y, label_smoothing=EPS).backward()
+    for mine, want in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        close(mine.grad, want.grad)
+    with loss_parallel():
+        theirs = F.cross_entropy(layers[0](hidden), y)
+        close(lsk.cross_entropy(layers[0](hidden), y), theirs.full_tensor())
+        with pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
+            F.cross_entropy(layers[0](hidden), y, label_smoothing=EPS)  # the reason for ours
+
+
+def _linear(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for k in (16, 5):
+        _, y, hidden, head = draw(k)
+        given: dict[str, Any] = options(k)["class weights and prior"]
+        full = [t.clone().requires_grad_() for t in (hidden, head, head[:, 0])]
+        want = lsk.linear_cross_entropy(full[0], full[1], y, linear_bias=full[2], **given)
+        want.backward()
+        for placed in (None, Replicate(), Shard(0)):
+            h = hidden.clone() if placed is None else distribute_tensor(hidden, mesh, [placed])
+            weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (head, head[:, 0]))
+            got = lsk.linear_cross_entropy(h.requires_grad_(), weight, y, linear_bias=bias, chunk_rows=2, **given)
+            got.backward()
+            close(got, want)
+            for mine, wanted in zip((h, weight, bias), full, strict=True):
+                close(mine.grad, wanted.grad)
+        whole = distribute_tensor(head, mesh, [Replicate()])
+        close(
+            lsk.linear_cross_entropy(hidden, whole, y, label_smoothing=EPS),
+            lsk.linear_cross_entropy(hidden, head, y, label_smoothing=EPS),
+        )
+
+
+def _refused(rank: int) -> None:
+    mesh, flat = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+    x, y, hidden, head = draw(16)
+    for placements in ([Shard(0)], [Partial()]):
+        with pytest.raises(
+            lsk.ArgumentError, match="input must have its classes sharded on one mesh dimension at most"
+        ):
+            lsk.cross_entropy(DTensor.from_local(x, flat, placements), y)
+    with pytest.raises(lsk.ArgumentError, match=r"input must have its classes sharded.*got .*redistribute"):
+        lsk.cross_entropy(distribute_tensor(x, mesh, [Shard(1), Shard(1)]), y)
+    sharded = distribute_tensor(x, mesh, [Replicate(), Shard(1)])
+    close(lsk.cross_entropy(sharded, y, label_smoothing=EPS), F.cross_entropy(x, y, label_smoothing=EPS))
+    with pytest.raises(lsk.ArgumentError, match=r"weight must have shape \(16,\), one value per class, got \(8,\)"):
+        lsk.cross_entropy(sharded, y, torch.ones(8))
+    with pytest.raises(lsk.ArgumentError, match="target must be replicated"):
+        lsk.cross_entropy(sharded, distribute_tensor(y, mesh, [Shard(0), Replicate()]))
+    placed = distribute_tensor(head, mesh, [Replicate(), Shard(0)])
+    with pytest.raises(lsk.ArgumentError, match="method must be 'chunked' where classes are sharded, got 'tiled'"):
+        lsk.linear_cross_entropy(hidden, placed, y, method="tiled")
+    with pytest.raises(
+        lsk.ArgumentError, match="input must be sharded on the mesh dimension of linear_weight, 1, got 0"
+    ):
+        lsk.linear_cross_entropy(distribute_tensor(hidden, mesh, [Shard(0), Replicate()]), placed, y)
+    with pytest.raises(lsk.ArgumentError, match="linear_weight must be a DTensor beside an input that is one"):
+        lsk.linear_cross_entropy(distribute_tensor(hidden, mesh, [Replicate(), Replicate()]), head, y)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D, dtype=torch.float64)
+        self.loss = lsk.LinearCrossEntropyLoss(D, 16, label_smoothing=EPS, bias=True, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor, y: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        loss: Tensor = self.loss(torch.tanh(self.layer(hidden)), y, normalizer=normalizer)
+        return loss
+
+
+def _fsdp(rank: int, tensor_parallel: bool) -> None:
+    """FSDP2 over one mesh dimension, the head's classes over the other; each data rank sees its rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
+    _, y, hidden, _ = draw(16)
+    torch.manual_seed(0)
+    alone, model = Model(), Model()
+    model.load_state_dict(alone.state_dict())
+    if tensor_parallel:
+        for name, parameter in list(model.loss.linear.named_parameters()):
+            placed = distribute_tensor(parameter.detach(), mesh["classes"], [Shard(0)])
+            setattr(model.loss.linear, name, nn.Parameter(placed))
+    fully_shard(model.loss, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    rows = slice(0, 7) if mesh["data"].get_local_rank() == 0 else slice(7, N)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (alone, model)]
+    for _ in range(3):
+        alone(hidden, y).backward()
+        count = lsk.parallel.token_count(y[rows], mesh["data"].get_group()) / 2  # FSDP averages gradients
+        model(hidden[rows], y[rows], count).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, want in zip(model.parameters(), alone.parameters(), strict=True):
+        close(mine, want.detach())
+
+
+@pytest.mark.parametrize(("run", "size"), [(_logits, 2), (_colwise_head, 2), (_linear, 2), (_refused, 4)])
+def test_dtensors(run: Any, size: int, tmp_path: Path) -> None:
+    spawn(run, size, tmp_path)
+
+
+@pytest.mark.parametrize("tensor_parallel", [False, True])
+def test_fsdp(tensor_parallel: bool, tmp_path: Path) -> None:
+    spawn(_fsdp, 4, tmp_path, tensor_parallel)
