@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, pa
 
 import labelsmooth_kernels as lsk
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+PROGRAM = Path(__file__).parent.parent / "examples" / "train_tp.py"
 pytestmark = needs_gloo
 
 
@@ -174,3 +175,15 @@ def test_dtensors(run: Any, size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor_parallel", [False, True])
 def test_fsdp(tensor_parallel: bool, tmp_path: Path) -> None:
     spawn(_fsdp, 4, tmp_path, tensor_parallel)
+
+
+@pytest.mark.parametrize("arguments", [("2",), ("4", "--data", "2")], ids=["2", "2 x 2"])
+def test_the_example(arguments: tuple[str, ...]) -> None:
+    """Its own check of the curves, at a small size."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    size, *more = arguments
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, str(PROGRAM)]
+    small = ["--vocabulary", "2000", "--steps", "3", "--rows", "4", *more]
+    ended = subprocess.run([*launch, *small], capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "one curve" in ended.stdout
