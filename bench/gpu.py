@@ -1,7 +1,8 @@
 """``python -m bench.gpu --out DIR``: everything that only a GPU can show, in one command of at most 9 minutes.
 
 Stages: build the tree in place, with the CUDA kernels where there is nvcc; run the test suite, and some of it under
-compute-sanitizer, where there is that; time every case beside its peers; sweep launch plans; write a page of it all.
+compute-sanitizer, where there is that; time every case beside its peers; sweep launch plans; time the loss over ranks,
+where there are two GPUs; write a page of it all.
 A stage that runs over its share is cut, which is said, and the next one starts. A second run in the same DIR goes on:
 stages that were done are not repeated, and the cases that were measured are not measured again. DIR holds run.log,
 state.json, results.jsonl, tests.xml and a page. It needs an NVIDIA GPU and what NEEDED names; no network.
@@ -30,7 +31,7 @@ from .__main__ import INCOMPLETE, minutes
 
 NEEDED = ("torch", "triton", "numpy", "pytest", "hypothesis", "setuptools", "ninja", "pybind11", "matplotlib")
 # Of the time that is left, beside the stages that follow.
-SHARES = {"build": 1.5, "tests": 3.0, "sanitizers": 1.0, "bench": 4.0, "tune": 1.0, "report": 0.3}
+SHARES = {"build": 1.5, "tests": 3.0, "sanitizers": 1.0, "bench": 4.0, "tune": 1.0, "ranks": 0.3, "report": 0.3}
 # What only a GPU can fail comes before the rest of the suite.
 FIRST = ("test_on_gpu.py", "test_parity_table.py", "test_regressions.py", "test_linear.py", "test_tiled.py")
 SANITIZED = "tests/test_parity_table.py -k 'cuda-cuda and (odd or others or ignored or masked or weights)'"
@@ -68,6 +69,7 @@ def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         "sanitizers": sanitizers(),
         "bench": [*python, "bench", "run", *on, "--resume", *small],
         "tune": [*python, "bench.tune", *on, *(["--tiny"] if small else [])],
+        "ranks": [*python, "bench.ranks", "--measure", str(gpus)] if (gpus := torch.cuda.device_count()) > 1 else [],
         "report": [*python, "bench", "report", "--results", figures, "--out", str(out)],
     }
     return {name: found[name] for name in SHARES if found[name] and name in (arguments.stage or SHARES)}

@@ -3,7 +3,8 @@
 Rank r holds some columns of the logits, or rows of the head, in the order of the ranks; targets are class numbers among
 all. Every option of :func:`labelsmooth_kernels.cross_entropy` means what it means on one device: K counts the classes
 of all ranks, smoothing spreads over all of them. The maths of the merge, and what a rank sends, stand in
-:mod:`labelsmooth_kernels.shards`: one all-gather of 3 numbers per row (4 with smoothing), the same bits on every rank.
+:mod:`labelsmooth_kernels.shards`: 3 numbers per row (4 with smoothing) in one all-gather, or, over more than 16 ranks,
+in an all-to-all whose results are gathered; the same bits on every rank.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Rank r holds the classes [v_r, v_{r+1}) and runs the same kernels over them as a
     U_r = -Σ w·u·c·log p_r                  log p_r = z - lse_r
     m_r = Σ w·u·c        n_r = Σ u·c
 
-with w, u and c of :mod:`labelsmooth_kernels.ops`. The owner of the target adds z_y and w_y. One all-gather of these
-numbers, and every rank has the row, with lse = log Σ exp lse_r and Δ_r = lse - lse_r >= 0:
+with w, u and c of :mod:`labelsmooth_kernels.ops`. The owner of the target adds z_y and w_y. Once a rank has
+all ranks' numbers it has the row, with lse = log Σ exp lse_r and Δ_r = lse - lse_r >= 0:
 
     loss = (1-e)·w_y·(lse - z_y) + (e/n)·Σ (U_r + m_r·Δ_r) + ζ·lse² - β·H       n = Σ n_r, or K
     H    = Σ P_r·(H_r + Δ_r)                                                    P_r = exp(-Δ_r)
@@ -106,6 +106,23 @@ class Whole(NamedTuple):
     """of the uniform form"""
     w_y: Tensor | None
     stats: RowStats | None
+
+    def packed(self) -> Tensor:
+        """(numbers, N) float64"""
+        more = [] if self.w_y is None else [self.w_y]
+        known = [] if self.stats is None else [value.double() for value in self.stats if value is not None]
+        return torch.stack([self.loss, *self.saved, self.e, *more, *known])
+
+    def unpacked(self, numbers: Tensor) -> Whole:
+        """The same of other rows."""
+        loss, *rest = numbers
+        saved, (e, *more) = torch.stack(rest[:4]), rest[4:]
+        w_y = None if self.w_y is None else more.pop(0)
+        stats = None
+        if self.stats is not None:
+            known = [None if value is None else more.pop(0).to(value.dtype) for value in self.stats]
+            stats = RowStats(*known)  # type: ignore[arg-type]  # the first four are there
+        return Whole(loss, saved, e, w_y, stats)
 
 
 def _alone(rows: Rows, target: Tensor) -> Rows:

@@ -220,6 +220,17 @@ def _triton(rank: int, cuts: tuple[int, ...]) -> None:
         same_as_one(name, got, want, torch.autograd.grad(got[0].sum(), mine), [want_grad[:, part]], torch.float32)
 
 
+@pytest.mark.parametrize("run", ["logits", "linear"])
+def test_many_ranks(run: str, tmp_path: Path) -> None:
+    """Where each rank merges a part of the rows; 12 rows, and chunks of 5, over 3 ranks."""
+    spawn(_many, 3, tmp_path, run)
+
+
+def _many(rank: int, run: str) -> None:
+    ranks.MANY = 2
+    (_logits if run == "logits" else _linear)(rank, CUTS["empty between"], None)
+
+
 def test_layouts_and_places(tmp_path: Path) -> None:
     spawn(_layouts, 3, tmp_path, CUTS["empty between"])
 

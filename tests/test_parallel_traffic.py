@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,6 @@ from torch import Tensor
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import parallel, ranks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = needs_gloo
 
@@ -112,6 +112,24 @@ def _messages(rank: int) -> None:
         parallel.cross_entropy(mine, y, **given).backward()  # type: ignore[arg-type]
         assert [(t.shape, t.dtype) for t in sent[1:]] == [((numbers, N), torch.float32)]
         assert sent[0].dtype == torch.uint8  # the facts
+
+
+def test_the_figures_on_paper() -> None:
+    """Bytes by hand: 8 ranks, 100 rows; and that one message up to MANY ranks is not slower than two."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    paper = importlib.import_module("bench.ranks")
+    (gather,) = paper.messages(paper.OURS, 8, 100)
+    assert gather == (3, 16 * 100 * 7)
+    assert paper.messages(paper.THREE, 8, 100) == [(6, 2 * 400 * 7 / 8)] * 3
+    scatter, spread = paper.messages(paper.OURS, 32, 100)
+    assert scatter.received + spread.received == pytest.approx(64 * 100 * 31 / 32)
+    for size in (32, 64, 1024):
+        once, twice = (
+            sum(m.seconds(paper.NETWORK) for m in paper.messages(who, size, 8192))
+            for who in (paper.OURS_ONCE, paper.OURS)
+        )
+        assert twice < once
+    assert "| 1024 | 3 | 2 |" in paper.paper(8192, 262_144)
 
 
 def test_one_message_of_a_few_numbers_per_row(tmp_path: Path) -> None:
