@@ -149,7 +149,8 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
     (grad,) = torch.autograd.grad(parallel.cross_entropy(leaf, y, label_smoothing=EPS), leaf)
     (again,) = torch.autograd.grad(parallel.cross_entropy(overwritten, y, label_smoothing=EPS, inplace=True), leaf)
     assert torch.equal(grad, again)
-    assert torch.equal(overwritten, grad) or leaf.shape[1] == 0
+    if BACKENDS["cpu"].unavailable() is None:  # the reference overwrites nothing
+        assert torch.equal(overwritten, grad)
     hidden, head = (t.float().requires_grad_() for t in draw(cuts[-1])[2:])
     for loss, at in (
         (parallel.cross_entropy(leaf, y), leaf),
