@@ -84,9 +84,9 @@ def _row(ptr, i_row, stride, VEC: tl.constexpr):
 def distill_kernel(
     x_ptr, t_ptr, grad_ptr, target_ptr, prior_ptr, eps_ptr, scale_ptr, terms_ptr, n_rows, K, x_row, t_row, g_row, eps,
     eps_stride, scale_stride, ignore_index, others, alpha, temperature,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, HARD: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Terms (2, N) of every row and, where there is a pointer for it, the gradient."""
+    """Terms (2, N) of every row and, where there is a pointer for it, the gradient: of both terms that have a share."""
     K = K // VEC * VEC
     cold = 1.0 / temperature
     for i_row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -127,8 +127,10 @@ def distill_kernel(
             for i_block in range(n_blocks):
                 o = (n_blocks - 1 - i_block) * BLOCK + tl.arange(0, BLOCK)
                 b_z = tl.load(x + o, mask=o < n_read, other=none).to(tl.float32)
-                b_t = tl.load(t + o, mask=o < n_read, other=none).to(tl.float32)
-                b_grad = term(soft, tl.exp((b_z - p.m) * cold - warm) - tl.exp((b_t - p.m_t) * cold - given))
+                b_grad = 0.0
+                if SOFT:  # else the teacher may be anything
+                    b_t = tl.load(t + o, mask=o < n_read, other=none).to(tl.float32)
+                    b_grad = soft * (tl.exp((b_z - p.m) * cold - warm) - tl.exp((b_t - p.m_t) * cold - given))
                 if HARD:
                     b_q = b * _prior(prior_ptr, o, o < K) + tl.where(o == y, a, 0.0)
                     b_grad += hard * (mass * tl.exp((b_z - p.m) - logsum) - b_q)
@@ -153,5 +155,6 @@ def distill(
     pointers = (student, teacher, grad, target, prior, eps_rows, row_scale, terms)
     numbers = (n, k, *rows, eps, *strides, ignore_index, int(others), alpha, temperature)
     plan = launch.distill_plan(student, k)
-    launch.start(distill_kernel, plan, n, (*pointers, *numbers), VEC=vec if whole else 1, HARD=alpha != 1)
+    shares = {"SOFT": alpha != 0, "HARD": alpha != 1}
+    launch.start(distill_kernel, plan, n, (*pointers, *numbers), VEC=vec if whole else 1, **shares)
     return terms, made
