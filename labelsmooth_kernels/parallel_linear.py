@@ -18,6 +18,7 @@ from torch import Tensor
 from .autograd import graph_is_kept, row_arguments
 from .chunked import Gradients, How, Problem, Soft, rows_per_chunk
 from .ranks import Exchange, all_gather, refuse_graph
+from .reference import RowStats
 from .shards import IGNORED, Shard, Whole, find, gradient_call, plain_gradient
 from .spec import Rows, accumulate_dtype
 
@@ -151,14 +152,12 @@ class _Run:
 def _whole(parts: list[Whole], run: _Run) -> Whole:
     """The rows of all chunks, in the caller's order."""
 
-    def together(values: list[Any]) -> Any:
+    def together(values: tuple[Any, ...]) -> Any:
         return run.restored(torch.cat(values, -1)) if isinstance(values[0], Tensor) else values[0]
 
-    loss, saved, e, w_y, stats = zip(*parts, strict=True)
-    rows = (
-        None if stats[0] is None else type(stats[0])(*(together(list(column)) for column in zip(*stats, strict=True)))
-    )
-    return Whole(together(list(loss)), together(list(saved)), together(list(e)), together(list(w_y)), rows)
+    *numbers, stats = zip(*parts, strict=True)
+    known = None if stats[0] is None else RowStats(*map(together, zip(*stats, strict=True)))
+    return Whole(*map(together, numbers), known)  # type: ignore[call-arg]  # of four
 
 
 class ShardedLinear(torch.autograd.Function):
@@ -191,9 +190,13 @@ class ShardedLinear(torch.autograd.Function):
         refuse_graph()
         rows, job = ctx.call
         if ctx.grads is not None:
-            grads = [None if grad is None else grad * upstream for grad in ctx.grads]
-            if not graph_is_kept():
-                ctx.grads = None
+            grads, kernels = ctx.grads, job.backend.kernels
+            if kernels is None or graph_is_kept():
+                return *(None if grad is None else grad * upstream for grad in grads), None, None, None
+            ctx.grads = None
+            for grad in grads:
+                if grad is not None and grad.numel():
+                    kernels.scale_(grad.reshape(1, -1) if grad.dim() == 1 else grad, upstream)
             return *grads, None, None, None
         with torch.autocast(rows.target.device.type, enabled=False):
             run, whole = _Run(ctx.saved_tensors, rows, job), ctx.whole
