@@ -316,7 +316,10 @@ def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
     with torch.autocast(hidden.device.type, enabled=False):
         factor = None
         if how.dtype == torch.float16:
-            call, factor = _in_range(call)
+            assert call.row_scale is not None
+            most = 1.0 if call.weight is None else call.weight.abs().amax()
+            _, factor = in_range(call.row_scale * most, call.logit_scale)
+            call = call._replace(row_scale=call.row_scale * factor)
         problem = Problem((hidden, linear_weight, linear_bias), call, soft, how)
         kernels, gradients = kernels_of(how.backend), Gradients(problem)
         for chunk in problem.chunks():
@@ -329,15 +332,13 @@ def backward(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, 
     return _spread(d_hidden, keep, n, 0) if how.wanted[0] else d_hidden, d_weight, d_bias
 
 
-def _in_range(call: RowCall) -> tuple[RowCall, Tensor]:
-    """The call with its gradient times a factor, and the factor: entries of p - q are at most 2^8 then, and ε/K, some
-    2^-20, is still a normal number of float16. On the device, without a look at the numbers."""
-    assert call.row_scale is not None
-    size = call.row_scale.abs().amax() if call.row_scale.numel() else call.row_scale.new_ones(())
-    if call.weight is not None:
-        size = size * call.weight.abs().amax()
-    factor = 2.0**8 / (size * (abs(call.logit_scale) or 1.0)).clamp_min(2.0**-100)
-    return call._replace(row_scale=call.row_scale * factor), factor
+def in_range(row_scale: Tensor, more: float) -> tuple[Tensor, Tensor]:
+    """Factors of rows, beside which there are others of size ``more``, times one factor, and that: entries of the
+    gradient are at most 2^8 then, and ε/K, some 2^-20, is still a normal number of float16. On the device, without a
+    look at the numbers."""
+    size = row_scale.abs().amax() if row_scale.numel() else row_scale.new_ones(())
+    factor = 2.0**8 / (size * (abs(more) or 1.0)).clamp_min(2.0**-100)
+    return row_scale * factor, factor
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import functional, linear, parallel
+from .ranks import told
 from .spec import ArgumentError, LossSpec
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tu
     """:func:`labelsmooth_kernels.cross_entropy` of logits that are a DTensor."""
     dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
     at = _sharded("input", input, dim, "its classes")
-    local = _class_vectors(spec, input, at)
     if at is None:
-        return functional.apply_spec(input.to_local(), _whole("target", target), local)
-    y, group = _whole("target", target), input.device_mesh.get_group(at)
-    result: Tensor | tuple[Tensor, RowStats] = parallel.apply_spec(input.to_local(), y, local, group)
-    return result
+        return functional.apply_spec(input.to_local(), _whole("target", target), _class_vectors(spec, input, at))
+    group = input.device_mesh.get_group(at)
+    with told(group, input.to_local()):
+        y, local = _whole("target", target), _class_vectors(spec, input, at)
+    found: Tensor | tuple[Tensor, RowStats] = parallel.apply_spec(input.to_local(), y, local, group, input.shape[dim])
+    return found
 
 
 def linear_cross_entropy(
@@ -48,30 +50,42 @@ def linear_cross_entropy(
             "linear_weight must be a DTensor beside an input that is one: distribute_tensor makes it one"
         )
     at = _sharded("linear_weight", linear_weight, 0, "its rows")
-    local = dict(given)
+    if at is None:
+        vectors = _vectors(given, linear_bias, linear_weight, at)
+        hidden, head, y = _whole("input", input), linear_weight.to_local(), _whole("target", target)
+        return linear.linear_cross_entropy(hidden, head, y, **vectors, **chunks, **only_here)
+    group, head = linear_weight.device_mesh.get_group(at), linear_weight.to_local()
+    with told(group, head):
+        vectors, y = _vectors(given, linear_bias, linear_weight, at), _whole("target", target)
+        for name, default in (("skip_ignored", None), ("method", "chunked"), ("filter_eps", None)):
+            if only_here[name] not in (default, False):
+                raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
+        reduce, hidden = _hidden(input, linear_weight, at)
+    found: Tensor | tuple[Tensor, RowStats] = parallel.linear_cross_entropy(
+        hidden, head, y, group=group, num_classes=linear_weight.shape[0], grad_reduce=reduce, **vectors, **chunks
+    )
+    return found
+
+
+def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor]:
+    """(grad_reduce, what a rank has of the hidden states)"""
+    if not isinstance(input, DTensor):
+        return "all", input
+    rows, size = _sharded("input", input, 0, "its first dimension"), linear_weight.device_mesh.size(at)
+    if rows not in (None, at):
+        raise ArgumentError(f"input must be sharded on the mesh dimension of linear_weight, {at}, got {rows}")
+    if rows is not None and input.shape[0] % size:
+        raise ArgumentError(f"input must have slices of one size on {size} ranks, got {input.shape[0]} rows")
+    return "all" if rows is None else "scatter", input.to_local()
+
+
+def _vectors(given: dict[str, Any], bias: Tensor | None, like: DTensor, at: int | None) -> dict[str, Any]:
+    """The options of the call with this rank's part of what has a value per class."""
+    local = dict(given, linear_bias=None if bias is None else _of_rank("linear_bias", bias, like, at))
     for name in ("weight", "smoothing"):
         if isinstance(given.get(name), Tensor):
-            local[name] = _of_rank(name, given[name], linear_weight, at)
-    bias = None if linear_bias is None else _of_rank("linear_bias", linear_bias, linear_weight, at)
-    head, y = linear_weight.to_local(), _whole("target", target)
-    if at is None:
-        return linear.linear_cross_entropy(
-            _whole("input", input), head, y, linear_bias=bias, **local, **chunks, **only_here
-        )
-    for name, default in (("skip_ignored", None), ("method", "chunked"), ("filter_eps", None)):
-        if only_here[name] not in (default, False):
-            raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
-    reduce, hidden = "all", input
-    if isinstance(input, DTensor):
-        rows = _sharded("input", input, 0, "its first dimension")
-        if rows not in (None, at):
-            raise ArgumentError(f"input must be sharded on the mesh dimension of linear_weight, {at}, got {rows}")
-        reduce, hidden = "all" if rows is None else "scatter", input.to_local()
-    group = linear_weight.device_mesh.get_group(at)
-    result: Tensor | tuple[Tensor, RowStats] = parallel.linear_cross_entropy(
-        hidden, head, y, linear_bias=bias, group=group, grad_reduce=reduce, **local, **chunks
-    )
-    return result
+            local[name] = _of_rank(name, given[name], like, at)
+    return local
 
 
 def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
@@ -104,6 +118,13 @@ def _of_rank(name: str, vector: Tensor, like: DTensor, at: int | None, dim: int 
         raise ArgumentError(f"{name} must have shape ({k},), one value per class, got {tuple(whole.shape)}")
     if at is None:
         return whole
+    if vector.requires_grad and not isinstance(vector, DTensor):
+        raise ArgumentError(
+            f"{name} must be a DTensor to get a gradient beside a head that is one: distribute_tensor()"
+        )
+    if isinstance(vector, DTensor):  # so that a gradient comes back whole
+        placements = [Shard(0) if i == at else p for i, p in enumerate(vector.placements)]
+        return vector.redistribute(placements=placements).to_local()
     each = -(-k // like.device_mesh.size(at))  # as Shard cuts: like torch.chunk
     begin = min(each * like.device_mesh.get_local_rank(at), k)
     return whole[begin : begin + each]

@@ -9,8 +9,7 @@ in an all-to-all whose results are gathered; the same bits on every rank.
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,18 +20,21 @@ from .autograd import graph_is_kept, row_scale
 from .functional import denominator, prepare, shaped
 from .linear import LinearSpec, check_operands
 from .parallel_linear import Job, ShardedLinear
-from .ranks import Agreement, Exchange, check_together, group_of, refuse_graph
+from .ranks import Agreement, Exchange, check_together, group_of, refuse_graph, told
 from .reference import RowStats
 from .shards import Shard, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import ArgumentError, LossSpec, Rows, accumulate_dtype, require
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # what ranks tell each other is no graph
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, *, group: Any = None, **options: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    group: Any = None,
+    num_classes: int | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`labelsmooth_kernels.cross_entropy` of logits of which every rank of ``group`` holds some classes.
 
@@ -42,7 +44,9 @@ def cross_entropy(
         target: class numbers from 0 to K - 1, the same on every rank.
         weight: (K_r,) of this rank's classes, like a prior given as ``smoothing``.
         group: a process group; None: the default one.
-        options: as in ``cross_entropy``, the same on every rank; targets are class indices.
+        num_classes: K, where it is known; it saves a synchronisation with a GPU per call (see below).
+        options: as in ``cross_entropy``, the same on every rank; targets are class indices, and no option may require
+            a gradient but ``row_weight`` and ``normalizer``.
 
     Returns:
         What ``cross_entropy`` returns for the whole logits, on every rank and bit for bit the same. The backward needs
@@ -50,16 +54,16 @@ def cross_entropy(
 
     Raises:
         ArgumentError, TypeError, IndexError: as ``cross_entropy``; and on every rank alike where one rank refuses its
-            arguments, or ranks disagree in shape, dtype or options. They tell each other before each call on a CPU, on
-            a GPU before a call that a rank has not made before: no synchronisation after that, and a rank that then
-            goes its own way ends in the time-out of the group.
+            arguments, or ranks disagree in shape, dtype or options. They tell each other before each call, which waits
+            for a GPU; there, with ``num_classes``, only before a call of which none was like it. As many classes must
+            then always be cut alike, and a rank that goes its own way later ends in the time-out of the group.
 
     Source: Shoeybi et al. 2019, "Megatron-LM"; smoothing there counts the classes of a rank only.
     """
     group = group_of(group)
-    with _told(group, input):
+    with told(group, input):
         spec = LossSpec(weight=weight, **options)
-    result: Tensor | tuple[Tensor, RowStats] = apply_spec(input, target, spec, group)
+    result: Tensor | tuple[Tensor, RowStats] = apply_spec(input, target, spec, group, num_classes)
     return result
 
 
@@ -72,6 +76,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     group: Any = None,
+    num_classes: int | None = None,
     grad_reduce: str = "all",
     chunk_rows: int | None = None,
     grad_accumulation: str = "float32",
@@ -85,7 +90,7 @@ def linear_cross_entropy(
         linear_weight: (K_r, D), this rank's rows of the head; rank order is class order, K_r may be 0.
         target: class numbers from 0 to K - 1 of every row of all slices, the same on every rank.
         linear_bias, weight: (K_r,), like a prior given as ``smoothing``.
-        group: a process group; None: the default one.
+        group, num_classes: as in :func:`cross_entropy`.
         grad_reduce: what becomes of the gradient of ``input``, of which a rank finds its classes' part: ``"all"``:
             summed over the ranks; ``"scatter"``: summed, and each rank gets its slice; ``"none"``: left to the caller.
         chunk_rows, grad_accumulation: as in ``linear_cross_entropy``.
@@ -101,31 +106,40 @@ def linear_cross_entropy(
     during the next one's GEMMs. With ``reduction="none"`` and in fp16 the backward computes the logits again.
     """
     group = group_of(group)
-    with _told(group, input):
+    with told(group, input):
         known = grad_reduce in ("all", "scatter", "none")
         require(known, "grad_reduce", grad_reduce, "'all', 'scatter' or 'none'")
         LinearSpec(chunk_rows=chunk_rows, grad_accumulation=grad_accumulation)
+        for name in ("class_dim", "inplace"):
+            if name in options:
+                raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
         check_operands(input, linear_weight, linear_bias)
         require(linear_weight.dim() == 2, "linear_weight", linear_weight, "of shape (K_r, D)")
+        good = grad_reduce != "scatter" or input.dim() > 1
+        require(good, "input", input, "of shape (N, D) or (..., D) with grad_reduce='scatter'")
         spec = LossSpec(weight=weight, class_dim=input.dim() - 1, **options)
         ranks = dist.get_world_size(group) if grad_reduce == "scatter" else 1
         stand_in = _stand_in(input, linear_weight, ranks)
         rows, shape = prepare(stand_in, target, spec, shard=True)
         chosen = _backend(rows)
     operands, dtype = (input, linear_weight, linear_bias), rows.logits.dtype
+    flat = input.reshape(-1, input.shape[-1])
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands]
-    facts = _facts(rows, shape) | {"grad_reduce": grad_reduce, "chunk_rows": chunk_rows, "features": input.shape[-1]}
-    facts["a gradient is wanted"] = any(wanted)
+    others = (rows.row_weight, spec.normalizer)
+    grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
+    one_pass = (
+        any(wanted) and spec.reduction != "none" and dtype != torch.float16 and not grad_of_others and len(flat) > 0
+    )
+    facts = _facts(rows, shape, num_classes) | {
+        "grad_reduce": grad_reduce, "chunk_rows": chunk_rows, "features": input.shape[-1],
+        "dtype of input": str(input.dtype), "a gradient is wanted in the forward": one_pass,
+    }  # fmt: skip
     if grad_reduce != "none":
         facts["requires_grad of input"] = wanted[0]
     shard = Agreement(group, facts, input.device).wait()
     check_together(rows, shard)
     job = Job(chosen, shard, group, grad_reduce, chunk_rows or 0, grad_accumulation == "float32", dtype, wanted)
-    others = (rows.row_weight, spec.normalizer)
-    grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
-    one_pass = any(wanted) and spec.reduction != "none" and dtype != torch.float16 and not grad_of_others
     factors = _factors(rows, shard, group) if one_pass else None
-    flat = input.reshape(-1, input.shape[-1])
     given = (flat, linear_weight, linear_bias, rows, job, factors)
     loss, whole = ShardedLinear.apply(*given)  # type: ignore[no-untyped-call]
     if one_pass:
@@ -134,12 +148,14 @@ def linear_cross_entropy(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def apply_spec(input: Tensor, target: Tensor, spec: LossSpec, group: Any) -> Tensor | tuple[Tensor, RowStats]:
+def apply_spec(
+    input: Tensor, target: Tensor, spec: LossSpec, group: Any, num_classes: int | None = None
+) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
-    with _told(group, input):
+    with told(group, input):
         rows, shape = prepare(input, target, spec, shard=True)
         chosen = _backend(rows)
-    agreement = Agreement(group, _facts(rows, shape), rows.logits.device)
+    agreement = Agreement(group, _facts(rows, shape, num_classes), rows.logits.device)
     if torch.is_grad_enabled() and rows.logits.requires_grad:
         loss, whole = _Sharded.apply(rows.logits, rows, chosen, group, agreement)  # type: ignore[no-untyped-call]
     else:
@@ -165,20 +181,17 @@ def token_count(target: Tensor, group: Any = None, ignore_index: int = -100) -> 
 # ---- before a call
 
 
-@contextlib.contextmanager
-def _told(group: Any, input: object) -> Iterator[None]:
-    """An error that a rank finds in its own arguments is every rank's: the others would wait for it."""
-    try:
-        yield
-    except Exception as error:
-        device = input.device if isinstance(input, Tensor) else torch.device("cpu")
-        Agreement(group, {"error": [type(error).__name__, str(error)]}, device).wait()
-        raise
-
-
 def _backend(rows: Rows) -> backends.Backend:
     if not rows.index_target:
         raise ArgumentError(f"target must hold class indices, got probabilities of shape {tuple(rows.target.shape)}")
+    spec = rows.spec
+    for name, value in (
+        ("weight", spec.weight),
+        ("label_smoothing", spec.label_smoothing),
+        ("smoothing", spec.smoothing),
+    ):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(f"{name} must not require a gradient where classes are sharded: detach() it")
     return backends.select(rows)
 
 
@@ -191,19 +204,21 @@ def _stand_in(input: Tensor, linear_weight: Tensor, ranks: int) -> Tensor:
     return input.detach().new_empty(1, dtype=dtype).expand(*rows, len(linear_weight))
 
 
-def _facts(rows: Rows, shape: torch.Size) -> dict[str, Any]:
+def _facts(rows: Rows, shape: torch.Size, num_classes: int | None) -> dict[str, Any]:
     """What must be the same on every rank, beside the number of classes, which need not."""
     spec, x = rows.spec, rows.logits
     facts: dict[str, Any] = {
         "classes": x.shape[-1], "shape of target": list(shape), "dtype": str(x.dtype), "device": x.device.type,
         "smoothing": spec.smoothing if isinstance(spec.smoothing, str) else "a prior",
         "label_smoothing": list(rows.eps.shape) if isinstance(rows.eps, Tensor) else rows.eps,
-        "weight": spec.weight is not None, "row_weight": spec.row_weight is not None,
+        "num_classes": num_classes, "weight": spec.weight is not None, "row_weight": spec.row_weight is not None,
     }  # fmt: skip
     named = ("ignore_index", "reduction", "smooth_over", "z_loss", "confidence_penalty", "logit_scale", "softcap")
     facts |= {name: getattr(spec, name) for name in (*named, "return_stats")}
+    facts["normalizer"] = "a tensor" if isinstance(spec.normalizer, Tensor) else spec.normalizer
     if x.device.type == "cpu":
-        facts["sum of target"] = int(rows.target.sum())
+        places = torch.arange(1, len(rows.target) + 1)
+        facts["checksum of target"] = int((rows.target * places).sum())
     return facts
 
 
@@ -263,17 +278,17 @@ class _Sharded(torch.autograd.Function):
         ctx: Any, logits: Tensor, rows: Rows, chosen: backends.Backend, group: Any, agreement: Agreement
     ) -> tuple[Tensor, Whole]:
         whole, shard = _gathered(rows._replace(logits=logits), chosen, group, agreement)
-        ctx.save_for_backward(logits, rows.target)
-        ctx.call = rows._replace(logits=logits.new_empty(0)), chosen, shard, whole
+        ctx.save_for_backward(logits, rows.target, rows.weight, rows.prior, whole.saved, whole.e)
+        ctx.call = rows.spec, chosen, shard
         return whole.loss.clone(), whole
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         refuse_graph()
-        logits, target = ctx.saved_tensors
-        rows, chosen, shard, whole = ctx.call
-        rows = rows._replace(logits=logits, target=target)
-        call, saved = gradient_call(rows, shard, whole, upstream)
+        logits, target, weight, prior, known, e = ctx.saved_tensors
+        spec, chosen, shard = ctx.call
+        rows = Rows(spec, logits, target, weight, prior, 0.0, None)
+        call, saved = gradient_call(rows, shard, known, e, upstream)
         if logits.shape[-1] == 0:
             grad = torch.zeros_like(logits)
         elif chosen.kernels is None:

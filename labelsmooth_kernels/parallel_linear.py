@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import graph_is_kept, row_arguments
-from .chunked import Gradients, How, Problem, Soft, rows_per_chunk
+from .chunked import Gradients, How, Problem, Soft, in_range, rows_per_chunk
 from .ranks import Exchange, all_gather, refuse_graph
 from .reference import RowStats
 from .shards import IGNORED, Shard, Whole, find, gradient_call, plain_gradient
-from .spec import Rows, accumulate_dtype
+from .spec import LossSpec, Rows, accumulate_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,10 +114,10 @@ class _Run:
         assert last is not None
         yield *last[:3], last[3].wait()
 
-    def add(self, chunk: slice, x: Tensor, rows: Rows, whole: Whole, factors: Tensor) -> None:
+    def add(self, chunk: slice, x: Tensor, rows: Rows, saved: Tensor, e: Tensor, factors: Tensor) -> None:
         """The gradients of a chunk whose logits are x."""
         kernels = self.job.backend.kernels
-        call, saved = gradient_call(rows, self.job.shard, whole, factors)
+        call, saved = gradient_call(rows, self.job.shard, saved, e, factors)
         if x.shape[1] == 0:
             pass
         elif kernels is None:
@@ -136,12 +136,13 @@ class _Run:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             self.works.append(scatter(mine, part, group=self.job.group, async_op=True))
 
-    def finished(self) -> list[Tensor | None]:
+    def finished(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        """What is wanted, divided by the factor."""
         for work in self.works:
             work.wait()
         if self.d_hidden is not None:
             self.gradients.hidden = self.d_hidden
-        grads = self.gradients.finished()
+        grads = self.gradients.finished(factor)
         return [grad if want else None for grad, want in zip(grads, self.job.wanted, strict=True)]
 
     def restored(self, values: Tensor) -> Tensor:
@@ -175,11 +176,14 @@ class ShardedLinear(torch.autograd.Function):
             for chunk, x, some, whole in run.wholes():
                 parts.append(whole)
                 if factors is not None and any(job.wanted):
-                    run.add(chunk, x, some, whole, factors[chunk])
+                    run.add(chunk, x, some, whole.saved, whole.e, factors[chunk])
             whole, acc = _whole(parts, run), accumulate_dtype(job.dtype)
-            ctx.grads = run.finished() if factors is not None else None
-        ctx.call, ctx.whole = (rows, job), whole
-        ctx.save_for_backward(hidden, weight, bias)
+            grads = run.finished() if factors is not None else []
+        # All of it where checkpointing drops and hooks offload, and where autograd watches versions.
+        ctx.job, ctx.spec, ctx.one_pass = job, rows.spec, factors is not None
+        eps = rows.eps if isinstance(rows.eps, Tensor) else None
+        again = (hidden, weight, bias, rows.target, rows.weight, rows.prior, eps, whole.saved, whole.e)
+        ctx.save_for_backward(*(grads if ctx.one_pass else again))
         loss = whole.loss
         if factors is not None:
             loss = (loss * run.restored(factors)).sum()
@@ -188,29 +192,33 @@ class ShardedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         refuse_graph()
-        rows, job = ctx.call
-        if ctx.grads is not None:
-            grads, kernels = ctx.grads, job.backend.kernels
-            if kernels is None or graph_is_kept():
-                return *(None if grad is None else grad * upstream for grad in grads), None, None, None
-            ctx.grads = None
-            for grad in grads:
-                if grad is not None and grad.numel():
-                    kernels.scale_(grad.reshape(1, -1) if grad.dim() == 1 else grad, upstream)
-            return *grads, None, None, None
-        with torch.autocast(rows.target.device.type, enabled=False):
-            run, whole = _Run(ctx.saved_tensors, rows, job), ctx.whole
-            if run.order is not None:
-                order = run.order.forward
-                whole, upstream = _reordered(whole, order), upstream[order]
-            for chunk, x, some in run.logits():
-                run.add(chunk, x, some, _cut(whole, chunk), upstream[chunk])
-            return *run.finished(), None, None, None
+        job, kernels, tensors = ctx.job, ctx.job.backend.kernels, ctx.saved_tensors
+        if not ctx.one_pass:
+            return *_again(tensors, upstream, ctx.spec, job), None, None, None
+        if kernels is None or graph_is_kept():
+            return *(None if grad is None else grad * upstream for grad in tensors), None, None, None
+        for grad in tensors:
+            if grad is not None and grad.numel():
+                kernels.scale_(grad.reshape(1, -1) if grad.dim() == 1 else grad, upstream)
+        return *tensors, None, None, None
 
 
-def _reordered(whole: Whole, order: Tensor) -> Whole:
-    return Whole(whole.loss[order], whole.saved[:, order], whole.e[order], None, None)
-
-
-def _cut(whole: Whole, chunk: slice) -> Whole:
-    return Whole(whole.loss[chunk], whole.saved[:, chunk], whole.e[chunk], None, None)
+def _again(tensors: tuple[Tensor | None, ...], upstream: Tensor, spec: LossSpec, job: Job) -> list[Tensor | None]:
+    """The gradients of Σ upstream·loss, from the logits made anew."""
+    hidden, linear_weight, bias, target, weight, prior, eps, saved, e = tensors
+    assert hidden is not None
+    assert linear_weight is not None
+    assert target is not None
+    assert saved is not None
+    assert e is not None
+    rows, factor = Rows(spec, hidden, target, weight, prior, 0.0 if eps is None else eps, None), None
+    if job.dtype == torch.float16:
+        upstream, factor = in_range(upstream, spec.logit_scale)
+    with torch.autocast(target.device.type, enabled=False):
+        run = _Run((hidden, linear_weight, bias), rows, job)
+        if run.order is not None:
+            order = run.order.forward
+            saved, e, upstream = saved[:, order], e[order], upstream[order]
+        for chunk, x, some in run.logits():
+            run.add(chunk, x, some, saved[:, chunk], e[chunk], upstream[chunk])
+        return run.finished(factor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +15,13 @@ from torch import Tensor
 from .shards import Found, Shard, Whole, merge
 from .spec import ArgumentError, Rows, check_index_targets
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
 _HEADER, _TEXT = 2048, 160  # bytes that a rank tells before a call; characters of an error, 12 bytes each at most
+_KEPT = 256
 _ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
 _agreed: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
@@ -45,14 +51,19 @@ def refuse_graph() -> None:
 
 class Agreement:
     """The exchange of facts before a call, begun here and looked at in :meth:`wait`. The facts are the same on every
-    rank, but for "classes", how many it has; "error" holds the kind and the text of an error instead."""
+    rank, but for "classes", how many it has; "error" holds the kind and the text of an error instead.
+
+    To look waits for a GPU. So there, where the facts name the classes of all ranks, what was agreed once holds from
+    then on: as long as as many classes are always cut alike, all ranks know the facts, or none does.
+    """
 
     def __init__(self, group: Any, facts: dict[str, Any], device: torch.device) -> None:
         if "error" in facts:
             facts = {"error": [facts["error"][0], facts["error"][1][:_TEXT]]}
         self.group, self.mine, self.work = group, json.dumps(facts), None
-        if device.type != "cpu" and self.mine in _agreed.setdefault(group, {}):
-            return  # to look again would wait for the GPU
+        self.kept = device.type != "cpu" and facts.get("num_classes") is not None
+        if self.kept and self.mine in _agreed.setdefault(group, {}):
+            return
         header = torch.frombuffer(bytearray(self.mine.ljust(_HEADER), "ascii"), dtype=torch.uint8)
         self.told, self.work = all_gather(header.to(device), group)
 
@@ -67,7 +78,7 @@ class Agreement:
             if "error" in fact:
                 kind, text = fact["error"]
                 raise _ERRORS.get(kind, RuntimeError)(f"rank {r}: {text}")
-        for name in facts[0]:
+        for name in dict.fromkeys(itertools.chain(*facts)):
             values = [fact.get(name) for fact in facts]
             if name != "classes" and any(value != values[0] for value in values):
                 raise ArgumentError(
@@ -76,8 +87,25 @@ class Agreement:
         starts = [0]
         for fact in facts:
             starts.append(starts[-1] + fact["classes"])
-        _agreed.setdefault(self.group, {})[self.mine] = tuple(starts)
+        known = facts[0].get("num_classes")
+        if known not in (None, starts[-1]):
+            raise ArgumentError(f"num_classes must be that of all ranks together, {starts[-1]}, got {known}")
+        if self.kept:
+            if len(_agreed[self.group]) >= _KEPT:
+                _agreed[self.group].clear()  # on all ranks at once: they make the same calls
+            _agreed[self.group][self.mine] = tuple(starts)
         return Shard(rank, tuple(starts))
+
+
+@contextlib.contextmanager
+def told(group: Any, input: object) -> Iterator[None]:
+    """An error that a rank finds in its own arguments is every rank's: the others would wait for it."""
+    try:
+        yield
+    except Exception as error:
+        device = input.device if isinstance(input, Tensor) else torch.device("cpu")
+        Agreement(group, {"error": [type(error).__name__, str(error)]}, device).wait()
+        raise
 
 
 def check_together(rows: Rows, shard: Shard) -> None:

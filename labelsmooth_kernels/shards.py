@@ -213,7 +213,7 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
     more: list[Tensor] = []
     if f.entropy is not None:
         share = (-behind).exp()
-        outside = share == 0  # a rank without a share may know nothing
+        outside = (share == 0) & (zmax > -math.inf)  # a rank without a share may know nothing
         entropy = torch.where(outside, 0.0, share * (f.entropy + behind)).sum(0)
         more = [entropy]
         if f.variance is not None and f.collision is not None:
@@ -222,7 +222,7 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
             more += [variance, torch.where(outside, 0.0, share.square() * f.collision).sum(0)]
         if spec.confidence_penalty:
             loss, mass = loss - spec.confidence_penalty * entropy, mass + spec.confidence_penalty * entropy
-    live, known = rows.valid, (target >= 0) & (target < k)
+    live, known = rows.valid, (target >= 0) & (target < k) & (zmax > -math.inf)
     loss, nll = (torch.where(live, torch.where(known, v, math.nan), 0.0) for v in (loss, nll))
     saved = torch.stack((zmax, logsum, mass.expand_as(lse), torch.as_tensor(n, device=lse.device).expand_as(lse)))
     stats = None
@@ -249,13 +249,14 @@ def _eps(rows: Rows, n: Tensor | float, like: Tensor) -> Tensor:
     return torch.where(n > 1, e * n / (n - 1), 0.0)
 
 
-def gradient_call(rows: Rows, shard: Shard, whole: Whole, factors: Tensor) -> tuple[RowCall, Tensor]:
-    """(the call, saved) with which ``backward`` makes the gradient of Σ factor·loss in this rank's columns."""
+def gradient_call(rows: Rows, shard: Shard, saved: Tensor, e: Tensor, factors: Tensor) -> tuple[RowCall, Tensor]:
+    """(the call, saved) with which ``backward`` makes the gradient of Σ factor·loss in this rank's columns, from
+    ``saved`` and ``e`` of the :class:`Whole`; ``rows.eps`` is not looked at."""
     acc = accumulate_dtype(rows.logits.dtype)
     target, here = shard.own(rows.target, rows.valid)
-    zmax, logsum, mass, n = whole.saved
-    e = torch.where(here, whole.e, 1.0)
-    n = torch.where(here, n, torch.where(whole.e == 0, math.inf, n / whole.e))
+    zmax, logsum, mass, n = saved
+    n = torch.where(here, n, torch.where(e == 0, math.inf, n / e))
+    e = torch.where(here, e, 1.0)
     known = (rows.target >= 0) & (rows.target < shard.num_classes)
     factors = torch.where(known | ~rows.valid, factors, math.nan)
     alone = _alone(rows, target)._replace(eps=e.to(acc))

@@ -96,6 +96,12 @@ def _linear(rank: int) -> None:
             close(got, want)
             for mine, wanted in zip((h, weight, bias), full, strict=True):
                 close(mine.grad, wanted.grad)
+        bias = distribute_tensor(head[:, 0], mesh, [Replicate()]).requires_grad_()
+        placed_head = distribute_tensor(head, mesh, [Shard(0)])
+        lsk.linear_cross_entropy(hidden, placed_head, y, linear_bias=bias, **given).backward()
+        close(bias.grad, full[2].grad)
+        with pytest.raises(lsk.ArgumentError, match="rank 0: linear_bias must be a DTensor to get a gradient"):
+            lsk.linear_cross_entropy(hidden, placed_head, y, linear_bias=full[2], **given)
         whole = distribute_tensor(head, mesh, [Replicate()])
         close(
             lsk.linear_cross_entropy(hidden, whole, y, label_smoothing=EPS),
@@ -115,17 +121,25 @@ def _refused(rank: int) -> None:
         lsk.cross_entropy(distribute_tensor(x, mesh, [Shard(1), Shard(1)]), y)
     sharded = distribute_tensor(x, mesh, [Replicate(), Shard(1)])
     close(lsk.cross_entropy(sharded, y, label_smoothing=EPS), F.cross_entropy(x, y, label_smoothing=EPS))
-    with pytest.raises(lsk.ArgumentError, match=r"weight must have shape \(16,\), one value per class, got \(8,\)"):
+    with pytest.raises(
+        lsk.ArgumentError, match=r"rank 0: weight must have shape \(16,\), one value per class, got \(8,\)"
+    ):
         lsk.cross_entropy(sharded, y, torch.ones(8))
-    with pytest.raises(lsk.ArgumentError, match="target must be replicated"):
+    with pytest.raises(lsk.ArgumentError, match="rank 0: target must be replicated"):
         lsk.cross_entropy(sharded, distribute_tensor(y, mesh, [Shard(0), Replicate()]))
     placed = distribute_tensor(head, mesh, [Replicate(), Shard(0)])
-    with pytest.raises(lsk.ArgumentError, match="method must be 'chunked' where classes are sharded, got 'tiled'"):
+    with pytest.raises(
+        lsk.ArgumentError, match="rank 0: method must be 'chunked' where classes are sharded, got 'tiled'"
+    ):
         lsk.linear_cross_entropy(hidden, placed, y, method="tiled")
     with pytest.raises(
-        lsk.ArgumentError, match="input must be sharded on the mesh dimension of linear_weight, 1, got 0"
+        lsk.ArgumentError, match="rank 0: input must be sharded on the mesh dimension of linear_weight, 1, got 0"
     ):
         lsk.linear_cross_entropy(distribute_tensor(hidden, mesh, [Shard(0), Replicate()]), placed, y)
+    with pytest.raises(lsk.ArgumentError, match="rank 0: input must have slices of one size on 2 ranks, got 11 rows"):
+        lsk.linear_cross_entropy(distribute_tensor(hidden[1:], mesh, [Replicate(), Shard(0)]), placed, y[1:])
+    with pytest.raises(lsk.ArgumentError, match=r"rank 1: weight must have shape \(16,\)"):
+        lsk.cross_entropy(sharded, y, torch.ones(15 if mesh.get_local_rank(1) else 16))
     with pytest.raises(lsk.ArgumentError, match="linear_weight must be a DTensor beside an input that is one"):
         lsk.linear_cross_entropy(distribute_tensor(hidden, mesh, [Replicate(), Replicate()]), head, y)
 

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 pytestmark = needs_gloo
 N, D, EPS = 12, 5, 0.1
 CUTS = {"2": (0, 8, 16), "unequal": (0, 1, 5), "empty between": (0, 3, 3, 11), "few classes": (0, 0, 2, 2, 5)}
-PRECISE = {torch.float64: (1e-11, 1e-12), torch.float32: (2e-5, 2e-6), torch.bfloat16: (2e-2, 2e-2)}
+PRECISE = {
+    torch.float64: (1e-11, 1e-12),
+    torch.float32: (2e-5, 2e-6),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (4e-3, 4e-3),
+}
 COLUMNS = ("weight", "smoothing")
 
 
@@ -102,7 +107,10 @@ def same_as_one(name: str, got: Any, want: Any, grads: Any, want_grads: Any, dty
     for value, wanted in zip(stats, want_stats, strict=True):
         if value.is_floating_point():
             close(value, wanted)
-        elif dtype != torch.bfloat16:  # where roundings make logits equal any may be first, and of NaNs any may
+        elif dtype not in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # where roundings make logits equal any may be first, and of NaNs any may
             close(value.where(~want_stats.lse.isnan(), 0), wanted.where(~want_stats.lse.isnan(), 0))
     agree_to_the_bit(loss)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from test_data_parallel import needs_gloo
 from test_parallel import EPS, N, draw, spawn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import parallel, ranks
@@ -37,7 +39,10 @@ def _disagree(rank: int) -> None:
     refused(lsk.ArgumentError, f"label_smoothing {same}", mine, y, label_smoothing=0.2 if bad else 0.1)
     refused(lsk.ArgumentError, f"reduction {same}", mine, y, reduction="sum" if bad else "mean")
     refused(lsk.ArgumentError, f"weight {same}", mine, y, torch.ones(4) if bad else None)
-    refused(lsk.ArgumentError, f"sum of target {same}", mine, y.flip(0).clamp_max(5) if bad else y)
+    refused(lsk.ArgumentError, f"checksum of target {same}", mine, y.roll(1) if bad else y)
+    refused(lsk.ArgumentError, f"checksum of target {same}", mine, y.index_fill(0, torch.tensor([4]), 8) if bad else y)
+    refused(lsk.ArgumentError, rf"normalizer {same} \[None, 12.0\]", mine, y, normalizer=12.0 if bad else None)
+    refused(lsk.ArgumentError, "num_classes must be that of all ranks together, 8, got 9", mine, y, num_classes=9)
     refused(lsk.ArgumentError, "rank 1: label_smoothing must be a finite", mine, y, label_smoothing=3.0 if bad else 0.1)
     refused(TypeError, "rank 1: .*unexpected keyword", mine, y, **({"smothing": 1} if bad else {}))
     refused(lsk.ArgumentError, "rank 0: target must hold class indices", mine, mine.softmax(1))
@@ -45,9 +50,61 @@ def _disagree(rank: int) -> None:
         parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="sum")
     with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):
         parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="none" if bad else "all")
+    leaf, rows = head[part].clone().requires_grad_(), torch.ones(N, requires_grad=bad)
+    with pytest.raises(lsk.ArgumentError, match=f"a gradient is wanted in the forward {same}"):
+        parallel.linear_cross_entropy(hidden, leaf, y, row_weight=rows)
+    with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):  # another function altogether
+        parallel.cross_entropy(mine, y) if bad else parallel.linear_cross_entropy(hidden, head[part], y)
+    with pytest.raises(TypeError, match="rank 0: inplace is an option of cross_entropy"):
+        parallel.linear_cross_entropy(hidden, head[part], y, inplace=True)
+    with pytest.raises(lsk.ArgumentError, match=r"rank 0: input must be of shape \(N, D\)"):
+        parallel.linear_cross_entropy(hidden[0], head[part], y[0], grad_reduce="scatter")
+    for name in ("weight", "smoothing"):
+        learnt = torch.full((4,), 0.1, requires_grad=True)
+        refused(
+            lsk.ArgumentError,
+            f"rank 0: {name} must not require a gradient",
+            mine,
+            y,
+            label_smoothing=0.1,
+            **{name: learnt},
+        )
     with pytest.raises(lsk.ArgumentError, match="group must be a process group"):
         parallel.cross_entropy(mine, y, group="tensor parallel")
     torch.testing.assert_close(parallel.cross_entropy(mine, y), lsk.cross_entropy(x, y))  # nothing is left behind
+
+
+def _changed(rank: int) -> None:
+    """What changes between forward and backward is noticed, and the caller's checkpoint gives what the call gave."""
+    x, y, hidden, head = draw(8, torch.float32)
+    part = slice(4 * rank, 4 * rank + 4)
+    for name in ("weight", "smoothing", "target"):
+        own = {"weight": torch.ones(4), "smoothing": torch.full((4,), 0.125), "target": y.clone()}
+        leaf, head_leaf = (t.clone().requires_grad_() for t in (x[:, part], head[part]))
+        options = {k: v for k, v in own.items() if k != "target"} | {"label_smoothing": EPS}
+        logits = parallel.cross_entropy(leaf, own["target"], **options)
+        rows = parallel.linear_cross_entropy(hidden, head_leaf, own["target"], reduction="none", **options)
+        own[name].mul_(0)
+        for loss in (logits, rows.sum()):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+    grads = []
+    for run in (
+        parallel.linear_cross_entropy,
+        functools.partial(checkpoint, parallel.linear_cross_entropy, use_reentrant=False),
+    ):
+        leaf = head[part].clone().requires_grad_()
+        grads += torch.autograd.grad(run(hidden, leaf, y, label_smoothing=EPS), leaf)
+    assert torch.equal(*grads)
+    nothing = parallel.linear_cross_entropy(hidden[:0], head[part].clone().requires_grad_(), y[:0])
+    assert nothing.isnan()
+    masked = torch.full((1, 4), -torch.inf)
+    assert parallel.cross_entropy(masked, y[:1] * 0, label_smoothing=1.0, return_stats="all")[0].isnan()
+    assert not ranks._agreed.get(dist.group.WORLD), "nothing is kept where looking costs nothing"
+
+
+def test_changes_between_forward_and_backward(tmp_path: Path) -> None:
+    spawn(_changed, 2, tmp_path)
 
 
 def test_ranks_that_disagree_all_say_so(tmp_path: Path) -> None:
