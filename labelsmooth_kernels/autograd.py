@@ -22,13 +22,12 @@ from torch import Tensor
 
 from . import reference
 from .ops import RowCall
-from .spec import Rows, transformed
+from .spec import LossSpec, Rows, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .ops import Kernels
-    from .spec import LossSpec
 
 
 def row_arguments(rows: Rows, row_scale: Tensor | None) -> RowCall:
@@ -40,6 +39,21 @@ def row_arguments(rows: Rows, row_scale: Tensor | None) -> RowCall:
         spec.smooths and spec.smooth_over == "finite", spec.z_loss, spec.confidence_penalty,
         spec.logit_scale, spec.softcap,
     )  # fmt: skip
+
+
+def called_rows(logits: Tensor, call: RowCall, n_stats: int, **options: Any) -> Rows:
+    """The inverse: the rows of an operator's call, with the options of the spec that no operator sees. ``row_scale``
+    becomes the row weight."""
+    eps = call.eps if call.eps_rows is None else call.eps_rows
+    stats: dict[int, bool | str] = {0: False, 1: True, 2: "entropy", 4: "all"}
+    spec = LossSpec(
+        weight=call.weight, ignore_index=call.ignore_index, label_smoothing=eps,
+        smoothing=call.prior if call.prior is not None else "others" if call.others else "uniform",
+        smooth_over="finite" if call.finite else "all", z_loss=call.z_loss, confidence_penalty=call.confidence_penalty,
+        logit_scale=call.logit_scale, softcap=call.softcap, row_weight=call.row_scale,
+        return_stats=stats[n_stats], **options,
+    )  # fmt: skip
+    return Rows(spec, logits, call.target, call.weight, call.prior, eps, call.row_scale)
 
 
 def _refuse_overwritten(spec: LossSpec) -> None:

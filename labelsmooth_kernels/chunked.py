@@ -67,12 +67,12 @@ _ARGUMENTS = (
     "Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale, str backend, ScalarType dtype, int positions, "
     "int chunk_rows, bool wide, bool skip_ignored, bool[] wanted, "
 )
-_GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+GRADIENTS_SCHEMA = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 LIBRARY.define(
     f"chunked_forward{_ARGUMENTS}int n_stats) -> "
-    f"(Tensor loss, Tensor saved, Tensor stats, Tensor prediction, {_GRADIENTS})"
+    f"(Tensor loss, Tensor saved, Tensor stats, Tensor prediction, {GRADIENTS_SCHEMA})"
 )
-LIBRARY.define(f"chunked_backward{_ARGUMENTS}Tensor saved) -> ({_GRADIENTS})")
+LIBRARY.define(f"chunked_backward{_ARGUMENTS}Tensor saved) -> ({GRADIENTS_SCHEMA})")
 
 _OPS = getattr(torch.ops, NAMESPACE)
 

@@ -19,7 +19,17 @@ from .ranks import told
 from .spec import ArgumentError, LossSpec
 
 if TYPE_CHECKING:
+    from .linear import Teacher, TopK
     from .reference import RowStats
+
+
+def spec_of(input: DTensor, options: dict[str, Any]) -> LossSpec:
+    """The options of a call, a bad one of which every rank that holds a part of ``input`` is to know."""
+    at = [i for i, placement in enumerate(input.placements) if isinstance(placement, Shard)]
+    if len(at) != 1:  # refused later, on every rank, or on one device each
+        return LossSpec(**options)
+    with told(input.device_mesh.get_group(at[0]), input.to_local()):
+        return LossSpec(**options)
 
 
 def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
@@ -38,7 +48,7 @@ def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tu
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | TopK | Teacher,
     linear_bias: Tensor | None,
     given: dict[str, Any],
     chunks: dict[str, Any],
@@ -100,7 +110,7 @@ def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
     return found[0] if found else None
 
 
-def _whole(name: str, tensor: Tensor) -> Tensor:
+def _whole(name: str, tensor: Any) -> Any:
     """What every rank has all of."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -113,7 +123,8 @@ def _of_rank(name: str, vector: Tensor, like: DTensor, at: int | None, dim: int 
     """The part of a vector (K,) that belongs to this rank's classes."""
     if isinstance(vector, DTensor) and at is not None and _sharded(name, vector, 0, "its classes") == at:
         return vector.to_local()
-    whole, k = _whole(name, vector), like.shape[dim]
+    whole: Tensor = _whole(name, vector)
+    k = like.shape[dim]
     if whole.shape != (k,):
         raise ArgumentError(f"{name} must have shape ({k},), one value per class, got {tuple(whole.shape)}")
     if at is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from typing import Any, Literal, overload
@@ -111,31 +110,26 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
     al. 2019.
     """
-    spec = LossSpec(
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        smooth_over=smooth_over,
-        class_dim=class_dim,
-        z_loss=z_loss,
-        confidence_penalty=confidence_penalty,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        row_weight=row_weight,
-        normalizer=normalizer,
-        inplace=inplace,
-        return_stats=return_stats,
-        backend=backend,
-    )
-    return apply_spec(input, target, spec)
+    options = {
+        "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+        "smoothing": smoothing, "smooth_over": smooth_over, "class_dim": class_dim, "z_loss": z_loss,
+        "confidence_penalty": confidence_penalty, "logit_scale": logit_scale, "softcap": softcap,
+        "row_weight": row_weight, "normalizer": normalizer, "inplace": inplace, "return_stats": return_stats,
+        "backend": backend,
+    }  # fmt: skip
+    if is_dtensor(input):
+        from . import dtensor  # which takes long to import
+
+        return dtensor.cross_entropy(input, target, dtensor.spec_of(input, options))  # type: ignore[arg-type]
+    return apply_spec(input, target, LossSpec(**options))  # type: ignore[arg-type]
 
 
 def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
     if is_dtensor(input):
-        return importlib.import_module("labelsmooth_kernels.dtensor").cross_entropy(input, target, spec)  # type: ignore[no-any-return]
+        from . import dtensor  # which takes long to import
+
+        return dtensor.cross_entropy(input, target, spec)  # type: ignore[arg-type]
     rows, shape = prepare(input, target, spec)
     chosen = backends.select(rows)
     if os.environ.get(CHECK_TARGETS) == "1" or (chosen.kernels is None and input.device.type == "cpu"):

@@ -9,7 +9,6 @@ torch.func transforms, and where a dense soft target wants a gradient.
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -154,8 +153,9 @@ def linear_cross_entropy(
         given = {"ignore_index": -100 if ignore_index is None else ignore_index, "weight": weight, **loss_options}
         chunks = {"chunk_rows": chunk_rows, "grad_accumulation": grad_accumulation}
         only_here = {"skip_ignored": skip_ignored, "method": method, "filter_eps": filter_eps}
-        serve = importlib.import_module("labelsmooth_kernels.dtensor").linear_cross_entropy
-        return serve(input, linear_weight, target, linear_bias, given, chunks, only_here)  # type: ignore[no-any-return]
+        from . import dtensor
+
+        return dtensor.linear_cross_entropy(input, linear_weight, target, linear_bias, given, chunks, only_here)
     check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     spec = LossSpec(weight=weight, ignore_index=ignored, class_dim=input.dim() - 1, **loss_options)
@@ -259,7 +259,11 @@ def _prepare_linear(
         rows, shape = prepare(stand_in, stand_in, spec)
         if positions > 1:
             raise ArgumentError(f"target must be a tensor beside a linear_weight {tuple(linear_weight.shape)}")
-        given, soft = _top_k(target, stand_in) if isinstance(target, TopK) else teacher_rows("target", target, stand_in)
+        if isinstance(target, TopK):
+            given, soft = top_k(target, stand_in)
+            check_top_k(target.indices, stand_in.shape[-1])
+        else:
+            given, soft = teacher_rows("target", target, stand_in)
         rows = rows._replace(target=given)
     operands = (_flat(input), linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
     return _Call(rows, operands, soft, positions, shape, logits_shape, target)
@@ -270,9 +274,11 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.unsqueeze(0) if rows.dim() == 1 else rows.flatten(0, -2)
 
 
-def _top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
+def top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
+    """The target beside logits with the classes last: probabilities (N, k) and the rest, whose classes are to be
+    checked by :func:`check_top_k`."""
     indices, probabilities = target
-    num_classes, shape = logits.shape[-1], tuple(logits.shape[:-1])
+    shape = tuple(logits.shape[:-1])
     for name, value, dtypes in (("indices", indices, INDEX_DTYPES), ("probabilities", probabilities, FLOAT_DTYPES)):
         require(isinstance(value, Tensor), f"target.{name}", value, "a Tensor")
         good = value.dtype in dtypes and value.dim() == logits.dim() and value.shape == indices.shape
@@ -282,11 +288,15 @@ def _top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
         check_same_device(f"target.{name}", value, logits)
     if probabilities.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("target.probabilities must not require a gradient: use detach(), or dense probabilities")
+    return _flat(probabilities), Soft(indices=_flat(indices).to(torch.int64))
+
+
+def check_top_k(indices: Tensor, num_classes: int) -> None:
+    """Raise IndexError for what is no class, on a CPU."""
     if indices.device.type == "cpu" and indices.numel() and not traced():
         least, largest = indices.min().item(), indices.max().item()
         if least < 0 or largest >= num_classes:
             raise IndexError(f"target.indices must be in [0, {num_classes}), got {least if least < 0 else largest}")
-    return _flat(probabilities), Soft(indices=_flat(indices).to(torch.int64))
 
 
 def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, Soft]:

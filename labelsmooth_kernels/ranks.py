@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from .shards import Found, Shard, Whole, merge
 from .spec import ArgumentError, Rows, check_index_targets
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
@@ -34,6 +31,11 @@ def group_of(group: Any) -> Any:
     if not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(f"group must be a process group that this rank belongs to or None, got {group!r}")
     return group
+
+
+def group_named(name: str) -> Any:
+    """The process group with this ``group_name``: operators take no other objects."""
+    return c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
 def all_gather(sent: Tensor, group: Any) -> tuple[Tensor, Any]:
@@ -97,22 +99,30 @@ class Agreement:
         return Shard(rank, tuple(starts))
 
 
-@contextlib.contextmanager
-def told(group: Any, input: object) -> Iterator[None]:
+class told:  # noqa: N801  # with told(group, input):
     """An error that a rank finds in its own arguments is every rank's: the others would wait for it."""
-    try:
-        yield
-    except Exception as error:
-        device = input.device if isinstance(input, Tensor) else torch.device("cpu")
-        Agreement(group, {"error": [type(error).__name__, str(error)]}, device).wait()
-        raise
+
+    def __init__(self, group: Any, input: object) -> None:
+        self.group, self.input = group, input
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            self._tell(error)
+
+    @torch.compiler.disable(reason="an argument of labelsmooth_kernels.parallel is refused: plain Python tells which")  # type: ignore[untyped-decorator]
+    def _tell(self, error: Exception) -> None:
+        device = self.input.device if isinstance(self.input, Tensor) else torch.device("cpu")
+        Agreement(self.group, {"error": [type(error).__name__, str(error)]}, device).wait()
 
 
 def check_together(rows: Rows, shard: Shard) -> None:
     """What needs the classes of all ranks, and fails on all of them alike."""
     if rows.spec.smoothing == "others" and shard.num_classes == 1 and rows.spec.smooths:
         raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other to smooth over")
-    if rows.logits.device.type == "cpu":
+    if rows.logits.device.type == "cpu" and rows.index_target:
         check_index_targets(rows.target, shard.num_classes, rows.spec.ignore_index)
 
 
@@ -147,13 +157,15 @@ class Exchange:
             return whole
         got, work = all_gather(whole.packed(), self.group)
         work.wait()
-        return whole.unpacked(got.movedim(0, 1).flatten(1)[:, : len(self.rows.target)])
+        return whole.unpacked(got.movedim(0, 1).flatten(1)[:, : self.rows.n])
 
     def _part(self) -> Rows:
         """The rows that this rank merges, filled up with ignored ones."""
-        begin, n, rows = self.each * self.shard.rank, len(self.rows.target), self.rows
-        index = torch.arange(begin, begin + self.each, device=rows.target.device)
+        begin, rows = self.each * self.shard.rank, self.rows
+        n, index = rows.n, torch.arange(begin, begin + self.each, device=rows.target.device)
         at = index.clamp_max(n - 1)
-        target = torch.where(index < n, rows.target[at], rows.spec.ignore_index)
+        target = rows.target
+        if rows.index_target:
+            target = torch.where(index < n, target[at], rows.spec.ignore_index)
         eps = rows.eps[at] if isinstance(rows.eps, Tensor) and rows.eps.numel() > 1 else rows.eps
         return rows._replace(target=target, eps=eps)

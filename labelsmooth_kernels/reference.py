@@ -276,7 +276,7 @@ def normalizer(rows: Rows) -> Tensor:
     probabilities, Σ of row weights (the number of rows where there are none), as PyTorch has it."""
     acc, K = accumulate_dtype(rows.logits.dtype), rows.logits.shape[-1]
     if not rows.index_target:
-        counted = rows.logits.new_ones(math.prod(rows.logits.shape[:-1]), dtype=acc)
+        counted = rows.logits.new_ones(rows.n, dtype=acc)
     elif rows.weight is not None:
         inside = rows.valid & (rows.target >= 0) & (rows.target < K)
         counted = torch.where(inside, rows.weight[torch.where(inside, rows.target, 0)], 0.0)

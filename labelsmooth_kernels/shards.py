@@ -7,10 +7,15 @@ Rank r holds the classes [v_r, v_{r+1}) and runs the same kernels over them as a
     U_r = -Σ w·u·c·log p_r                  log p_r = z - lse_r
     m_r = Σ w·u·c        n_r = Σ u·c
 
-with w, u and c of :mod:`labelsmooth_kernels.ops`. The owner of the target adds z_y and w_y. Once a rank has
-all ranks' numbers it has the row, with lse = log Σ exp lse_r and Δ_r = lse - lse_r >= 0:
+with w, u and c of :mod:`labelsmooth_kernels.ops`. The owner of the target adds z_y and w_y. Of
+class probabilities t a rank sends, from a second call with ε = 0,
 
-    loss = (1-e)·w_y·(lse - z_y) + (e/n)·Σ (U_r + m_r·Δ_r) + ζ·lse² - β·H       n = Σ n_r, or K
+    T_r = -Σ w·t·log p_r                    μ_r = Σ w·t
+
+Once a rank has all ranks' numbers it has the row, with lse = log Σ exp lse_r and Δ_r = lse - lse_r >= 0:
+
+    loss = (1-e)·T + (e/n)·Σ (U_r + m_r·Δ_r) + ζ·lse² - β·H                     n = Σ n_r, or K
+    T    = w_y·(lse - z_y), or Σ (T_r + μ_r·Δ_r)
     H    = Σ P_r·(H_r + Δ_r)                                                    P_r = exp(-Δ_r)
 
 Sums of terms of one sign (where 0 <= e <= 1): nothing cancels, and all ranks add them in the same order, in float64, so
@@ -39,8 +44,21 @@ IGNORED = -100
 """The ignored target of a rank's own call: no class of its columns, whatever the caller's is."""
 
 
+class Place(NamedTuple):
+    """Where a rank's columns lie among all; the numbers may be tensors without dimensions."""
+
+    first: int | Tensor
+    last: int | Tensor
+    num_classes: int | Tensor
+
+    def own(self, target: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        """(the target as a class of this rank, 0 where it is elsewhere and ``IGNORED`` where not live; whether here)"""
+        here = live & (target >= self.first) & (target < self.last)
+        return torch.where(live, torch.where(here, target - self.first, 0), IGNORED), here
+
+
 class Shard(NamedTuple):
-    """Where a rank's columns lie among all."""
+    """Where all ranks' columns lie."""
 
     rank: int
     starts: tuple[int, ...]
@@ -50,15 +68,15 @@ class Shard(NamedTuple):
     def num_classes(self) -> int:
         return self.starts[-1]
 
+    @property
+    def place(self) -> Place:
+        first, last = self.starts[self.rank : self.rank + 2]
+        return Place(first, last, self.num_classes)
+
     def owner(self, target: Tensor) -> Tensor:
         """The rank that holds a class; of what is no class, one of them."""
         ends = torch.tensor(self.starts[1:], device=target.device)
         return torch.bucketize(target, ends, right=True).clamp_max(len(ends) - 1)
-
-    def own(self, target: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """(the target as a class of this rank, 0 where it is elsewhere and ``IGNORED`` where not live; whether here)"""
-        here = live & (target >= self.starts[self.rank]) & (target < self.starts[self.rank + 1])
-        return torch.where(live, torch.where(here, target - self.starts[self.rank], 0), IGNORED), here
 
 
 class Found(NamedTuple):
@@ -69,6 +87,13 @@ class Found(NamedTuple):
     z_y: Tensor | None
     w_y: Tensor | None
     """of the target's class, 0 where that is elsewhere; what class weights there are"""
+    fit: Tensor | None
+    """T_r"""
+    fit_mass: Tensor | None
+    """μ_r"""
+    nll: Tensor | None
+    """T_r without class weights, where there are some and statistics are asked for"""
+    nll_mass: Tensor | None
     rest: Tensor | None
     """U_r"""
     rest_mass: Tensor | None
@@ -81,7 +106,9 @@ class Found(NamedTuple):
     collision: Tensor | None
 
     def with_target(self, rows: Rows, shard: Shard) -> Found:
-        z_y, (target, here) = torch.zeros_like(self.zmax), shard.own(rows.target, rows.valid)
+        if not rows.index_target:
+            return self
+        z_y, (target, here) = torch.zeros_like(self.zmax), shard.place.own(rows.target, rows.valid)
         if rows.logits.shape[-1]:
             x = rows.logits.gather(-1, target.clamp_min(0).reshape(*rows.logits.shape[:-1], 1)).flatten()
             z_y = torch.where(here, reference.transform(x, rows.spec), z_y)
@@ -90,9 +117,11 @@ class Found(NamedTuple):
 
 def target_weight(rows: Rows, shard: Shard) -> Tensor | None:
     """w_y (N,), 0 where the target is elsewhere; None without class weights."""
-    if rows.weight is None or not len(rows.weight):
-        return None if rows.weight is None else rows.weight.new_zeros(len(rows.target))
-    target, here = shard.own(rows.target, rows.valid)
+    if rows.weight is None or not rows.index_target:
+        return None
+    if not len(rows.weight):
+        return rows.weight.new_zeros(len(rows.target))
+    target, here = shard.place.own(rows.target, rows.valid)
     return torch.where(here, rows.weight[target.clamp_min(0)], 0.0)
 
 
@@ -126,44 +155,65 @@ class Whole(NamedTuple):
 
 
 def _alone(rows: Rows, target: Tensor) -> Rows:
-    """The call of a rank's columns as if there were no others, nothing but what is smoothed over."""
+    """The call of a rank's columns as if there were no others: with an index target nothing but what is smoothed over,
+    ε = 1, and with probabilities nothing but these, ε = 0."""
     smoothing = rows.spec.smoothing if isinstance(rows.spec.smoothing, Tensor) else "uniform"
-    stats = rows.spec.return_stats
-    if rows.spec.confidence_penalty and rows.spec.n_stats < 2:
-        stats = "entropy"
+    eps = 0.0 if target.is_floating_point() else 1.0
     spec = dataclasses.replace(
-        rows.spec, label_smoothing=1.0, smoothing=smoothing, z_loss=0.0, confidence_penalty=0.0, ignore_index=IGNORED,
-        row_weight=None, normalizer=None, inplace=False, return_stats=stats,
+        rows.spec, label_smoothing=eps, smoothing=smoothing, z_loss=0.0, confidence_penalty=0.0, ignore_index=IGNORED,
+        row_weight=None, normalizer=None, inplace=False,
         smooth_over=rows.spec.smooth_over if rows.spec.smooths else "all",
     )  # fmt: skip
-    return rows._replace(spec=spec, target=target, eps=1.0, row_weight=None)
+    return rows._replace(spec=spec, target=target, eps=eps, row_weight=None)
 
 
 def find(rows: Rows, kernels: Kernels | None) -> Found:
-    """What this rank's columns say of every row, but for its target."""
-    spec, n = rows.spec, len(rows.target)
+    """What this rank's columns say of every row, but for an index target."""
+    spec, soft = rows.spec, not rows.index_target
     alone = _alone(rows, torch.where(rows.valid, 0, IGNORED))
-    n_stats = alone.spec.n_stats
-    stats: tuple[Tensor, ...]
-    if rows.logits.shape[-1] == 0:
-        zeros = torch.zeros(n, dtype=accumulate_dtype(rows.logits.dtype), device=rows.logits.device)
-        zmax = logsum = zeros - math.inf
-        rest = rest_mass = count = prediction = zeros
-        stats = (zeros,) * n_stats
-    elif kernels is None:
-        zmax, logsum, rest, rest_mass, count = _plain_sums(alone)
-        known = reference.row_stats(alone)
-        prediction, stats = known.prediction, (known.nll, *(s for s in known[4:] if s is not None))
-    else:
-        loss, saved, given, prediction, _ = kernels.forward(rows.logits, *row_arguments(alone, None), False, n_stats)
-        zmax, logsum, mass, count = saved
-        rest, rest_mass, stats = loss * count, mass * count, tuple(given)
+    n_stats = 2 if spec.confidence_penalty and spec.n_stats < 2 else spec.n_stats
+    main = _sums(_alone(rows, rows.target) if soft else alone, kernels, n_stats)
+    rest = (_sums(alone, kernels, 0) if soft else main) if spec.smooths else None
     uneven = spec.smooths and (rows.weight is not None or rows.prior is not None or spec.smooth_over == "finite")
+    twice = soft and rows.weight is not None and bool(spec.return_stats)
     return Found(
-        zmax, logsum, None, None, rest if spec.smooths else None, rest_mass if uneven else None,
-        count if uneven else None, prediction.to(zmax.dtype) if spec.return_stats else None,
-        *(stats[i] if i < n_stats else None for i in (1, 2, 3)),
+        main.zmax, main.logsum, None, None, main.loss if soft else None, main.mass if soft else None,
+        main.stats[0] if twice else None, rows.target.sum(-1, dtype=main.zmax.dtype).flatten() if twice else None,
+        None if rest is None else rest.loss, rest.mass if rest is not None and uneven else None,
+        rest.covered if rest is not None and uneven else None,
+        main.prediction.to(main.zmax.dtype) if spec.return_stats else None,
+        *(main.stats[i] if i < n_stats else None for i in (1, 2, 3)),
     )  # fmt: skip
+
+
+class _Sums(NamedTuple):
+    """A call of :func:`_alone`, each (N,)."""
+
+    loss: Tensor
+    """U_r or T_r"""
+    mass: Tensor
+    """m_r or μ_r"""
+    covered: Tensor
+    """n_r"""
+    zmax: Tensor
+    logsum: Tensor
+    stats: tuple[Tensor, ...]
+    prediction: Tensor
+
+
+def _sums(alone: Rows, kernels: Kernels | None, n_stats: int) -> _Sums:
+    logits = alone.logits
+    if logits.shape[-1] == 0:
+        zeros = torch.zeros(alone.n, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+        return _Sums(zeros, zeros, zeros, zeros - math.inf, zeros - math.inf, (zeros,) * n_stats, zeros)
+    if kernels is None:
+        return _plain_sums(alone)
+    loss, (zmax, logsum, mass, count), stats, prediction, _ = kernels.forward(
+        logits, *row_arguments(alone, None), False, n_stats
+    )
+    if alone.index_target:  # the operator spreads ε over n_r
+        loss, mass = loss * count, mass * count
+    return _Sums(loss, mass, count, zmax, logsum, tuple(stats), prediction)
 
 
 def _spread(rows: Rows, z: Tensor) -> Tensor:
@@ -172,58 +222,67 @@ def _spread(rows: Rows, z: Tensor) -> Tensor:
     return torch.where(z > -math.inf, prior, 0.0) if rows.spec.smooth_over == "finite" else prior
 
 
-def _plain_sums(alone: Rows) -> tuple[Tensor, ...]:
+def _plain_sums(alone: Rows) -> _Sums:
     rows = alone.flat()
     z = reference.transform(rows.logits, rows.spec)
     spread = _spread(rows, z)
-    q = spread if rows.weight is None else spread * rows.weight
-    rest, zmax, logsum = reference.row_loss(z, q)
-    return zmax, logsum, rest, q.sum(-1), spread.sum(-1)
+    q = spread if rows.index_target else rows.target.to(z.dtype)
+    q = q if rows.weight is None else q * rows.weight
+    loss, zmax, logsum = reference.row_loss(z, q)
+    spec = dataclasses.replace(rows.spec, return_stats="all")
+    known = reference.row_stats(rows._replace(spec=spec))
+    stats = (known.nll, *(value for value in known[4:] if value is not None))
+    return _Sums(loss, q.sum(-1), spread.sum(-1), zmax, logsum, stats, known.prediction)
 
 
 def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
     """All ranks' numbers, each (ranks, N), as rows; ``rows`` is any rank's call."""
     spec, target, k = rows.spec, rows.target, shard.num_classes
     f = Found(*(None if value is None else value.double() for value in found))  # type: ignore[arg-type]
-    assert f.z_y is not None
     zmax = f.zmax.amax(0)
     logsum = (torch.where(f.zmax == zmax, 0.0, f.zmax - zmax) + f.logsum).exp().sum(0).log()
     lse = zmax + logsum
     behind = (zmax - f.zmax) + (logsum - f.logsum)  # Δ
     behind = torch.where(f.logsum == -math.inf, math.inf, behind)
-    owner = shard.owner(target)[None]
-    nll = (zmax - f.z_y.gather(0, owner)[0]) + logsum
-    w_y = None if f.w_y is None else f.w_y.gather(0, owner)[0]
+
+    def whole(term: Tensor, mass: Tensor) -> Tensor:
+        """Σ (T_r + μ_r·Δ_r), in which a rank without a finite logit has no T_r."""
+        return (torch.where(f.zmax == -math.inf, 0.0, term) + _term(mass, behind)).sum(0)
+
+    w_y = None
+    if f.z_y is not None:
+        owner = shard.owner(target)[None]
+        nll = (zmax - f.z_y.gather(0, owner)[0]) + logsum
+        w_y = None if f.w_y is None else f.w_y.gather(0, owner)[0]
+        fit_mass = torch.ones_like(lse) if w_y is None else w_y
+        fit = _term(fit_mass, nll)
+    else:
+        assert f.fit is not None
+        assert f.fit_mass is not None
+        fit, fit_mass = whole(f.fit, f.fit_mass), f.fit_mass.sum(0)
+        nll = fit if f.nll is None or f.nll_mass is None else whole(f.nll, f.nll_mass)
 
     n: Tensor | float = float(k) if rows.prior is None else 1.0
     if f.covered is not None and spec.smooth_over == "finite":
         n = f.covered.sum(0)
     e = _eps(rows, n, nll)
     b = torch.where(torch.as_tensor(n != 0), e / n, 0.0)
-    mass = 1 - e if w_y is None else (1 - e) * w_y
-    loss = _term(mass, nll)
+    mass = (1 - e) * fit_mass
+    loss = _term(1 - e, fit)
     if f.rest is not None:
         sizes = torch.tensor(shard.starts, dtype=nll.dtype, device=nll.device).diff()[:, None]
         each = sizes if f.rest_mass is None else f.rest_mass
-        rest = torch.where(f.zmax == -math.inf, 0.0, f.rest) + _term(each, behind)
-        loss = loss + _term(b, rest.sum(0))
+        loss = loss + _term(b, whole(f.rest, each))
         mass = mass + b * each.sum(0)
     if spec.z_loss:
         loss = loss + spec.z_loss * lse.square()
-    more: list[Tensor] = []
-    if f.entropy is not None:
-        share = (-behind).exp()
-        outside = (share == 0) & (zmax > -math.inf)  # a rank without a share may know nothing
-        entropy = torch.where(outside, 0.0, share * (f.entropy + behind)).sum(0)
-        more = [entropy]
-        if f.variance is not None and f.collision is not None:
-            off = (entropy - f.entropy) - behind  # the rank's mean of z less the row's
-            variance = torch.where(outside, 0.0, share * (f.variance + off.square())).sum(0)
-            more += [variance, torch.where(outside, 0.0, share.square() * f.collision).sum(0)]
-        if spec.confidence_penalty:
-            loss, mass = loss - spec.confidence_penalty * entropy, mass + spec.confidence_penalty * entropy
-    live, known = rows.valid, (target >= 0) & (target < k) & (zmax > -math.inf)
-    loss, nll = (torch.where(live, torch.where(known, v, math.nan), 0.0) for v in (loss, nll))
+    more = _moments(f, zmax, behind)
+    if spec.confidence_penalty:
+        loss, mass = loss - spec.confidence_penalty * more[0], mass + spec.confidence_penalty * more[0]
+    loss, nll = (torch.where(zmax > -math.inf, v, math.nan) for v in (loss, nll))
+    if rows.index_target:
+        known = (target >= 0) & (target < k)
+        loss, nll = (torch.where(rows.valid, torch.where(known, v, math.nan), 0.0) for v in (loss, nll))
     saved = torch.stack((zmax, logsum, mass.expand_as(lse), torch.as_tensor(n, device=lse.device).expand_as(lse)))
     stats = None
     if spec.return_stats and f.prediction is not None:
@@ -232,6 +291,20 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
         prediction = (f.prediction.long() + first).gather(0, best)[0]
         stats = RowStats(nll, lse, (-logsum).exp().clamp_max(1), prediction, *more[: spec.n_stats - 1])
     return Whole(loss, saved, e, w_y, stats)
+
+
+def _moments(f: Found, zmax: Tensor, behind: Tensor) -> list[Tensor]:
+    """H, the variance of z and Σ p² of the rows: what of them the ranks sent."""
+    if f.entropy is None:
+        return []
+    share = (-behind).exp()
+    outside = (share == 0) & (zmax > -math.inf)  # a rank without a share may know nothing
+    entropy = torch.where(outside, 0.0, share * (f.entropy + behind)).sum(0)
+    if f.variance is None or f.collision is None:
+        return [entropy]
+    off = (entropy - f.entropy) - behind  # the rank's mean of z less the row's
+    variance = torch.where(outside, 0.0, share * (f.variance + off.square())).sum(0)
+    return [entropy, variance, torch.where(outside, 0.0, share.square() * f.collision).sum(0)]
 
 
 def _term(weight: Tensor, value: Tensor) -> Tensor:
@@ -249,17 +322,18 @@ def _eps(rows: Rows, n: Tensor | float, like: Tensor) -> Tensor:
     return torch.where(n > 1, e * n / (n - 1), 0.0)
 
 
-def gradient_call(rows: Rows, shard: Shard, saved: Tensor, e: Tensor, factors: Tensor) -> tuple[RowCall, Tensor]:
+def gradient_call(rows: Rows, place: Place, saved: Tensor, e: Tensor, factors: Tensor) -> tuple[RowCall, Tensor]:
     """(the call, saved) with which ``backward`` makes the gradient of Σ factor·loss in this rank's columns, from
     ``saved`` and ``e`` of the :class:`Whole`; ``rows.eps`` is not looked at."""
-    acc = accumulate_dtype(rows.logits.dtype)
-    target, here = shard.own(rows.target, rows.valid)
+    acc, target = accumulate_dtype(rows.logits.dtype), rows.target
     zmax, logsum, mass, n = saved
-    n = torch.where(here, n, torch.where(e == 0, math.inf, n / e))
-    e = torch.where(here, e, 1.0)
-    known = (rows.target >= 0) & (rows.target < shard.num_classes)
-    factors = torch.where(known | ~rows.valid, factors, math.nan)
-    alone = _alone(rows, target)._replace(eps=e.to(acc))
+    if rows.index_target:
+        target, here = place.own(rows.target, rows.valid)
+        n = torch.where(here, n, torch.where(e == 0, math.inf, n / e))
+        e = torch.where(here, e, 1.0)
+        known = (rows.target >= 0) & (rows.target < place.num_classes)
+        factors = torch.where(known | ~rows.valid, factors, math.nan)
+    alone = _alone(rows, torch.zeros_like(e, dtype=torch.int64))._replace(target=target, eps=e.to(acc).contiguous())
     call = row_arguments(alone, factors.to(acc).contiguous())
     call = call._replace(z_loss=rows.spec.z_loss, confidence_penalty=rows.spec.confidence_penalty)
     return call, torch.stack((zmax, logsum, mass, n)).to(acc)
@@ -267,18 +341,36 @@ def gradient_call(rows: Rows, shard: Shard, saved: Tensor, e: Tensor, factors: T
 
 def plain_gradient(logits: Tensor, call: RowCall, saved: Tensor, spec: LossSpec) -> Tensor:
     """``backward`` of the operators in plain PyTorch."""
-    zmax, logsum, mass, n = (value[:, None] for value in saved)
-    assert call.eps_rows is not None
     assert call.row_scale is not None
-    live = (call.target != IGNORED)[:, None]
-    rows = Rows(spec, logits, call.target, call.weight, call.prior, 0.0, None).flat()
-    z = reference.transform(torch.where(live, rows.logits, 0.0), spec)
-    e, classes = call.eps_rows[:, None], torch.arange(z.shape[-1], device=z.device)
-    q = (1 - e) * (classes == call.target[:, None]) + torch.where(n == 0, 0.0, e / n) * _spread(rows, z)
-    q = q if call.weight is None else q * call.weight
+    rows, z, q = _plain_weights(logits, call, saved, spec)
+    zmax, logsum, mass, _ = (value[:, None] for value in saved)
     log_p = (z - zmax) - logsum
     mass = mass + 2 * call.z_loss * (zmax + logsum)
     if call.confidence_penalty:
         mass = mass + call.confidence_penalty * torch.where(log_p == -math.inf, 0.0, log_p)
     grad = call.row_scale[:, None] * reference.slope(z, spec) * (mass * log_p.exp() - q)
-    return torch.where(live, grad, 0.0).to(logits.dtype).reshape(logits.shape)
+    return torch.where(rows.valid[:, None], grad, 0.0).to(logits.dtype).reshape(logits.shape)
+
+
+def plain_target_gradient(logits: Tensor, call: RowCall, saved: Tensor, spec: LossSpec) -> Tensor:
+    """``target_grad`` of the operators in plain PyTorch."""
+    assert call.eps_rows is not None
+    assert call.row_scale is not None
+    _, z, q = _plain_weights(logits, call, saved, spec)
+    down = z - saved[0, :, None]
+    down = torch.where((q == 0) & (down == -math.inf), 0.0, down)
+    grad = (call.row_scale * (1 - call.eps_rows))[:, None] * (saved[1, :, None] - down)
+    grad = grad if call.weight is None else grad * call.weight
+    return grad.to(call.target.dtype).reshape(call.target.shape)
+
+
+def _plain_weights(logits: Tensor, call: RowCall, saved: Tensor, spec: LossSpec) -> tuple[Rows, Tensor, Tensor]:
+    """(the rows, z, q) of a :func:`gradient_call`, both (N, K_r)"""
+    assert call.eps_rows is not None
+    spec = dataclasses.replace(spec, ignore_index=IGNORED)
+    rows = Rows(spec, logits, call.target, call.weight, call.prior, 0.0, None).flat()
+    z = reference.transform(torch.where(rows.valid[:, None], rows.logits, 0.0), spec)
+    e, n = call.eps_rows[:, None], saved[3, :, None]
+    hot = torch.arange(z.shape[-1], device=z.device) == rows.target[:, None] if rows.index_target else rows.target
+    q = (1 - e) * hot.to(z.dtype) + torch.where(n == 0, 0.0, e / n) * _spread(rows, z)
+    return rows, z, q if call.weight is None else q * call.weight

@@ -213,8 +213,15 @@ class Rows(NamedTuple):
         return not self.target.is_floating_point()
 
     @property
+    def n(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.logits.shape[:-1])  # Size.numel would make a symbolic size a constant
+
+    @property
     def valid(self) -> Tensor:
         """(N,) bool: the rows that count."""
+        if not self.index_target:
+            return torch.ones(self.n, dtype=torch.bool, device=self.logits.device)
         return self.target != self.spec.ignore_index
 
     def flat(self) -> Rows:

@@ -127,6 +127,8 @@ def _refused(rank: int) -> None:
         lsk.cross_entropy(sharded, y, torch.ones(8))
     with pytest.raises(lsk.ArgumentError, match="rank 0: target must be replicated"):
         lsk.cross_entropy(sharded, distribute_tensor(y, mesh, [Shard(0), Replicate()]))
+    with pytest.raises(lsk.ArgumentError, match=r"rank 1: label_smoothing must be a finite .*got 2\.0"):
+        lsk.cross_entropy(sharded, y, label_smoothing=2.0 if mesh.get_local_rank(1) else 0.1)
     placed = distribute_tensor(head, mesh, [Replicate(), Shard(0)])
     with pytest.raises(
         lsk.ArgumentError, match="rank 0: method must be 'chunked' where classes are sharded, got 'tiled'"

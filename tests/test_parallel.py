@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import multiprocessing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -72,7 +73,12 @@ def draw(k: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Te
 
 
 def spawn(run: Callable[..., None], size: int, folder: Path, *arguments: object, seconds: float = 60) -> None:
-    torch.multiprocessing.spawn(_begin, (run, size, str(folder), seconds, arguments), nprocs=size)
+    """``run(rank, *arguments)`` in ``size`` processes, forked off one that has imported what takes long to import."""
+    multiprocessing.set_forkserver_preload(
+        ["torch.distributed.tensor", "torch._dynamo", "labelsmooth_kernels.parallel"]
+    )
+    given = (run, size, str(folder), seconds, arguments)
+    torch.multiprocessing.start_processes(_begin, given, nprocs=size, start_method="forkserver")
 
 
 def _begin(rank: int, run: Callable[..., None], size: int, folder: str, seconds: float, arguments: Any) -> None:

@@ -45,7 +45,13 @@ def _disagree(rank: int) -> None:
     refused(lsk.ArgumentError, "num_classes must be that of all ranks together, 8, got 9", mine, y, num_classes=9)
     refused(lsk.ArgumentError, "rank 1: label_smoothing must be a finite", mine, y, label_smoothing=3.0 if bad else 0.1)
     refused(TypeError, "rank 1: .*unexpected keyword", mine, y, **({"smothing": 1} if bad else {}))
-    refused(lsk.ArgumentError, "rank 0: target must hold class indices", mine, mine.softmax(1))
+    refused(
+        lsk.ArgumentError, rf"target {same} \['class indices', 'probabilities'\]", mine, mine.softmax(1) if bad else y
+    )
+    with pytest.raises(
+        TypeError, match="rank 0: target must be a Tensor or a TopK where classes are sharded, got Teach"
+    ):
+        parallel.linear_cross_entropy(hidden, head[part], lsk.linear.Teacher(hidden, head))  # type: ignore[arg-type]
     with pytest.raises(lsk.ArgumentError, match="rank 0: grad_reduce must be 'all', 'scatter' or 'none', got 'sum'"):
         parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="sum")
     with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):

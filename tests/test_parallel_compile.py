@@ -1,0 +1,120 @@
+"""The loss over ranks under torch.compile: one graph, whose operators are what ranks tell each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from test_data_parallel import needs_gloo
+from test_parallel import EPS, D, draw, of_rank, options, spawn
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import labelsmooth_kernels as lsk
+from labelsmooth_kernels import parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = needs_gloo
+CUTS = (0, 5, 8)
+
+
+def compiled(
+    function: Callable[..., Any], dynamic: bool | None = None, backend: str = "aot_eager"
+) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def _same(rank: int) -> None:
+    """Eager and compiled, forward and backward, to the bit."""
+    part = slice(CUTS[rank], CUTS[rank + 1])
+    x, y, hidden, head = draw(8, torch.float32)
+    soft = x.softmax(1)[:, part]
+    for name, given in options(8).items():
+        if name == "class 0 ignored":
+            continue
+        mine = of_rank(given, part)
+        for target in (y, soft):
+            run = lambda x, t=target, mine=mine: parallel.cross_entropy(2 * x, t, return_stats=True, **mine)  # noqa: E731
+            torch._dynamo.reset()
+            results = []
+            for call in (run, compiled(run)):
+                leaf = x[:, part].clone().requires_grad_()
+                loss, stats = call(leaf)
+                results.append((loss, *stats[:4], *torch.autograd.grad(loss.sum(), leaf)))
+            for eager, graph in zip(*results, strict=True):
+                torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        run = lambda h, w, mine=mine: parallel.linear_cross_entropy(h.tanh(), w, y, chunk_rows=5, **mine)  # noqa: E731
+        results = []
+        for call in (run, compiled(run)):
+            leaves = [t.clone().requires_grad_() for t in (hidden, head[part])]
+            loss = call(*leaves)
+            results.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _sizes(rank: int) -> None:
+    """One graph for any number of rows, and for any ε; inductor."""
+    part = slice(CUTS[rank], CUTS[rank + 1])
+    x, y, hidden, head = draw(8, torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(
+        lambda x, y, eps: parallel.cross_entropy(x, y, label_smoothing=eps),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
+    for n, eps in ((12, 0.1), (7, 0.2), (3, 0.05)):
+        want = lsk.cross_entropy(x[:n], y[:n], label_smoothing=eps)
+        torch.testing.assert_close(run(x[:n, part].clone(), y[:n].clone(), torch.tensor(eps)), want)
+    assert counter.frame_count == 1
+    model = nn.Linear(D, D)
+    loss = compiled(
+        lambda h: parallel.linear_cross_entropy(model(h), head[part], y, label_smoothing=EPS), backend="inductor"
+    )
+    torch.testing.assert_close(loss(hidden), lsk.linear_cross_entropy(model(hidden), head, y, label_smoothing=EPS))
+    with pytest.raises(IndexError, match=r"target must be in \[0, 8\)"):
+        run(x[:, part], y.index_fill(0, torch.tensor([3]), 8), torch.tensor(EPS))
+    with pytest.raises(lsk.ArgumentError, match="label_smoothing must be the same on all ranks"):
+        run(x[:, part], y, torch.tensor(0.1 * rank))
+    bad = torch.compile(
+        lambda x: parallel.cross_entropy(x, y, label_smoothing=3.0 if rank else 0.1), backend="aot_eager"
+    )
+    with pytest.raises(lsk.ArgumentError, match="rank 1: label_smoothing must be"):
+        bad(x[:, part])
+
+
+def _mixed(rank: int) -> None:
+    """One rank in a graph and one not agree."""
+    part = slice(CUTS[rank], CUTS[rank + 1])
+    x, y, *_ = draw(8, torch.float32)
+    run = lambda x: parallel.cross_entropy(x, y, label_smoothing=EPS, normalizer=7.0)  # noqa: E731
+    got = (compiled(run) if rank else run)(x[:, part])
+    torch.testing.assert_close(got, lsk.cross_entropy(x, y, label_smoothing=EPS, normalizer=7.0))
+
+
+def _dtensors(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    _, y, hidden, head = draw(16, torch.float32)
+    layer = nn.Linear(D, 16, bias=False)
+    layer.load_state_dict({"weight": head})
+    parallelize_module(layer, mesh, ColwiseParallel(use_local_output=False))
+    weight = distribute_tensor(head, mesh, [Shard(0)])
+    want = lsk.linear_cross_entropy(hidden, head, y, label_smoothing=EPS)
+    for run in (
+        lambda h: lsk.cross_entropy(layer(h), y, label_smoothing=EPS),
+        lambda h: lsk.linear_cross_entropy(h, weight, y, label_smoothing=EPS),
+    ):
+        torch.testing.assert_close(compiled(run)(hidden), want)
+
+
+@pytest.mark.parametrize("run", [_same, _sizes, _mixed, _dtensors])
+def test_one_graph(run: Callable[[int], None], tmp_path: Path) -> None:
+    spawn(run, 2, tmp_path)
