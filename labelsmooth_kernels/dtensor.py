@@ -3,7 +3,8 @@
 Served: logits whose classes, or a head whose rows, are sharded on one dimension of the mesh, all the rest replicated;
 hidden states replicated, or sharded along their first dimension on the mesh dimension of the head (sequence
 parallelism). Losses and statistics come out as plain tensors, the same on every rank; gradients as DTensors placed like
-what they are the gradients of. Class weights, priors and biases may be whole, or DTensors placed like the head.
+what they are the gradients of. What has a value per class (class weights, priors, biases, probabilities as targets) may
+be whole, or a DTensor placed like the classes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .ranks import told
 from .spec import ArgumentError, LossSpec
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .linear import Teacher, TopK
     from .reference import RowStats
 
@@ -35,14 +38,18 @@ def spec_of(input: DTensor, options: dict[str, Any]) -> LossSpec:
 def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`labelsmooth_kernels.cross_entropy` of logits that are a DTensor."""
     dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
-    at = _sharded("input", input, dim, "its classes")
+    at, mesh, local, k = (
+        _sharded("input", input, dim, "its classes"),
+        input.device_mesh,
+        input.to_local(),
+        input.shape[dim],
+    )
     if at is None:
-        return functional.apply_spec(input.to_local(), _whole("target", target), _class_vectors(spec, input, at))
-    group = input.device_mesh.get_group(at)
-    with told(group, input.to_local()):
-        y, local = _whole("target", target), _class_vectors(spec, input, at)
-    found: Tensor | tuple[Tensor, RowStats] = parallel.apply_spec(input.to_local(), y, local, group, input.shape[dim])
-    return found
+        return functional.apply_spec(local, _target(target, k, mesh, at, dim), _class_vectors(spec, k, mesh, at))
+    group = mesh.get_group(at)
+    with told(group, local):
+        y, of_rank = _target(target, k, mesh, at, dim), _class_vectors(spec, k, mesh, at)
+    return parallel.apply_spec(local, y, of_rank, group, k)
 
 
 def linear_cross_entropy(
@@ -60,21 +67,21 @@ def linear_cross_entropy(
             "linear_weight must be a DTensor beside an input that is one: distribute_tensor makes it one"
         )
     at = _sharded("linear_weight", linear_weight, 0, "its rows")
+    mesh, k, along = linear_weight.device_mesh, linear_weight.shape[0], input.dim() - 1
     if at is None:
-        vectors = _vectors(given, linear_bias, linear_weight, at)
-        hidden, head, y = _whole("input", input), linear_weight.to_local(), _whole("target", target)
+        vectors, y = _vectors(given, linear_bias, k, mesh, at), _target(target, k, mesh, at, along)
+        hidden, head = _whole("input", input), linear_weight.to_local()
         return linear.linear_cross_entropy(hidden, head, y, **vectors, **chunks, **only_here)
-    group, head = linear_weight.device_mesh.get_group(at), linear_weight.to_local()
+    group, head = mesh.get_group(at), linear_weight.to_local()
     with told(group, head):
-        vectors, y = _vectors(given, linear_bias, linear_weight, at), _whole("target", target)
+        vectors, y = _vectors(given, linear_bias, k, mesh, at), _target(target, k, mesh, at, along)
         for name, default in (("skip_ignored", None), ("method", "chunked"), ("filter_eps", None)):
             if only_here[name] not in (default, False):
                 raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
         reduce, hidden = _hidden(input, linear_weight, at)
-    found: Tensor | tuple[Tensor, RowStats] = parallel.linear_cross_entropy(
-        hidden, head, y, group=group, num_classes=linear_weight.shape[0], grad_reduce=reduce, **vectors, **chunks
+    return parallel.linear_cross_entropy(
+        hidden, head, y, group=group, num_classes=k, grad_reduce=reduce, **vectors, **chunks
     )
-    return found
 
 
 def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor]:
@@ -89,13 +96,11 @@ def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor
     return "all" if rows is None else "scatter", input.to_local()
 
 
-def _vectors(given: dict[str, Any], bias: Tensor | None, like: DTensor, at: int | None) -> dict[str, Any]:
+def _vectors(given: dict[str, Any], bias: Tensor | None, k: int, mesh: DeviceMesh, at: int | None) -> dict[str, Any]:
     """The options of the call with this rank's part of what has a value per class."""
-    local = dict(given, linear_bias=None if bias is None else _of_rank("linear_bias", bias, like, at))
-    for name in ("weight", "smoothing"):
-        if isinstance(given.get(name), Tensor):
-            local[name] = _of_rank(name, given[name], like, at)
-    return local
+    named = {"linear_bias": bias, **{name: given.get(name) for name in ("weight", "smoothing")}}
+    parts = {name: _of_rank(name, value, k, mesh, at) for name, value in named.items() if isinstance(value, Tensor)}
+    return {"linear_bias": None, **given, **parts}
 
 
 def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
@@ -119,32 +124,35 @@ def _whole(name: str, tensor: Any) -> Any:
     return tensor.to_local()
 
 
-def _of_rank(name: str, vector: Tensor, like: DTensor, at: int | None, dim: int = 0) -> Tensor:
-    """The part of a vector (K,) that belongs to this rank's classes."""
-    if isinstance(vector, DTensor) and at is not None and _sharded(name, vector, 0, "its classes") == at:
-        return vector.to_local()
-    whole: Tensor = _whole(name, vector)
-    k = like.shape[dim]
-    if whole.shape != (k,):
-        raise ArgumentError(f"{name} must have shape ({k},), one value per class, got {tuple(whole.shape)}")
+def _of_rank(name: str, tensor: Tensor, k: int, mesh: DeviceMesh, at: int | None, along: int = 0) -> Tensor:
+    """The part of a tensor with a value per class ``along`` a dimension that belongs to this rank's classes."""
+    if isinstance(tensor, DTensor) and at is not None and _sharded(name, tensor, along, "its classes") == at:
+        return tensor.to_local()
+    whole: Tensor = _whole(name, tensor)
+    want = (*whole.shape[:along], k, *whole.shape[along + 1 :])
+    if whole.shape != want:
+        raise ArgumentError(f"{name} must have shape {want}, one value per class, got {tuple(whole.shape)}")
     if at is None:
         return whole
-    if vector.requires_grad and not isinstance(vector, DTensor):
-        raise ArgumentError(
-            f"{name} must be a DTensor to get a gradient beside a head that is one: distribute_tensor()"
-        )
-    if isinstance(vector, DTensor):  # so that a gradient comes back whole
-        placements = [Shard(0) if i == at else p for i, p in enumerate(vector.placements)]
-        return vector.redistribute(placements=placements).to_local()
-    each = -(-k // like.device_mesh.size(at))  # as Shard cuts: like torch.chunk
-    begin = min(each * like.device_mesh.get_local_rank(at), k)
-    return whole[begin : begin + each]
+    if tensor.requires_grad and not isinstance(tensor, DTensor):
+        raise ArgumentError(f"{name} must be a DTensor to get a gradient beside one: distribute_tensor()")
+    if isinstance(tensor, DTensor):  # so that a gradient comes back whole
+        placements = [Shard(along) if i == at else p for i, p in enumerate(tensor.placements)]
+        return tensor.redistribute(placements=placements).to_local()
+    each = -(-k // mesh.size(at))  # as Shard cuts: like torch.chunk
+    begin = min(each * mesh.get_local_rank(at), k)
+    return whole.narrow(along, begin, min(each, k - begin))
 
 
-def _class_vectors(spec: LossSpec, input: DTensor, at: int | None) -> LossSpec:
-    dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
+def _target(target: Any, k: int, mesh: DeviceMesh, at: int | None, along: int) -> Any:
+    """Class indices and top-k rows whole, of class probabilities this rank's."""
+    soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() > along
+    return _of_rank("target", target, k, mesh, at, along) if soft else _whole("target", target)
+
+
+def _class_vectors(spec: LossSpec, k: int, mesh: DeviceMesh, at: int | None) -> LossSpec:
     local: dict[str, Any] = {
-        name: _of_rank(name, value, input, at, dim)
+        name: _of_rank(name, value, k, mesh, at)
         for name in ("weight", "smoothing")
         if isinstance(value := getattr(spec, name), Tensor)
     }

@@ -32,7 +32,7 @@ from .parallel_rows import (
     results_fakes,
     results_of,
 )
-from .ranks import Exchange, all_gather, check_together, group_named, refuse_graph
+from .ranks import Exchange, all_gather, check_together, fused, group_named, refuse_graph
 from .reference import RowStats
 from .shards import IGNORED, Shard, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import Rows, accumulate_dtype
@@ -155,7 +155,7 @@ class _Run:
     def add(self, chunk: slice, x: Tensor, rows: Rows, saved: Tensor, e: Tensor, factors: Tensor) -> None:
         """The gradients of a chunk whose logits are x."""
         kernels = self.kernels
-        call, saved = gradient_call(rows, self.job.shard.place, saved, e, factors)
+        call, saved = fused(gradient_call, x.device)(rows, self.job.shard.place, saved, e, factors)
         if x.shape[1] == 0:
             pass
         elif kernels is None:
@@ -202,7 +202,7 @@ def _factors(rows: Rows, shard: Shard, group: Any) -> Tensor:
     """(N,) of the rows in a mean or a sum, known before any logits are."""
     w_y = None
     if rows.spec.reduction == "mean" and rows.spec.normalizer is None:
-        w_y = target_weight(rows, shard)
+        w_y = target_weight(rows, shard.place)
     if w_y is not None:
         dist.all_reduce(w_y, group=group)  # a class has one owner: a sum of one weight and zeros
     scale = row_scale(rows.row_weight, divisor_of(rows, w_y))

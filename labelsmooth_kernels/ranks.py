@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
+from torch.utils._triton import has_triton
 
-from .shards import Found, Shard, Whole, merge
+from .shards import Found, Shard, Whole, merge, packed
 from .spec import ArgumentError, Rows, check_index_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _HEADER, _TEXT = 2048, 160  # bytes that a rank tells before a call; characters of an error, 12 bytes each at most
 _KEPT = 256
 _ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
@@ -126,6 +133,20 @@ def check_together(rows: Rows, shard: Shard) -> None:
         check_index_targets(rows.target, shard.num_classes, rows.spec.ignore_index)
 
 
+def fuses(device: torch.device) -> bool:
+    """Whether small operations take longer to start there than to run, and torch.compile can make few of many."""
+    return not torch.compiler.is_compiling() and device.type == "cuda" and has_triton()
+
+
+def fused(function: Callable[_P, _T], device: torch.device) -> Callable[_P, _T]:
+    return _compiled(function) if fuses(device) else function
+
+
+@functools.cache
+def _compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    return torch.compile(function, dynamic=True)
+
+
 class Exchange:
     """The numbers of a call's or a chunk's rows, under way from here on until :meth:`wait`.
 
@@ -134,9 +155,13 @@ class Exchange:
     """
 
     def __init__(self, found: Found, rows: Rows, shard: Shard, group: Any) -> None:
-        found = found.with_target(rows, shard)
-        self.sent, self.rows, self.shard, self.group = [v is not None for v in found], rows, shard, group
-        mine = torch.stack([value for value in found if value is not None])
+        device = rows.logits.device
+        if fuses(device) and not isinstance(rows.eps, Tensor):  # every number would be compiled anew
+            rows = rows._replace(eps=torch.full((1,), rows.eps, dtype=torch.float64, device=device))
+        self.rows, self.shard, self.group = rows, shard, group
+        of_target = {"z_y": rows.index_target, "w_y": rows.index_target and rows.weight is not None}
+        self.sent = tuple(v is not None or of_target.get(name, False) for name, v in found._asdict().items())
+        mine = fused(packed, device)(found, rows, shard.place)
         n, ranks = mine.shape[1], dist.get_world_size(group)
         self.each = -(-n // ranks) if ranks > MANY else 0
         if self.each == 0:
@@ -149,10 +174,8 @@ class Exchange:
 
     def wait(self) -> Whole:
         self.work.wait()
-        columns = iter(self.got.unbind(1))
-        fields = [next(columns) if sent else None for sent in self.sent]
-        rows = self.rows if self.each == 0 else self._part()
-        whole = merge(Found(*fields), rows, self.shard)  # type: ignore[arg-type]  # zmax and logsum are sent
+        rows, device = self.rows if self.each == 0 else self._part(), self.got.device
+        whole = fused(merge, device)(self.got, self.sent, rows, self.shard.starts_on(device))
         if self.each == 0:
             return whole
         got, work = all_gather(whole.packed(), self.group)

@@ -26,6 +26,7 @@ that they find the same bits. The gradient of a rank's columns needs of the row 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,10 +74,14 @@ class Shard(NamedTuple):
         first, last = self.starts[self.rank : self.rank + 2]
         return Place(first, last, self.num_classes)
 
-    def owner(self, target: Tensor) -> Tensor:
-        """The rank that holds a class; of what is no class, one of them."""
-        ends = torch.tensor(self.starts[1:], device=target.device)
-        return torch.bucketize(target, ends, right=True).clamp_max(len(ends) - 1)
+    def starts_on(self, device: torch.device) -> Tensor:
+        """``starts`` there, where they are copied to once: a copy waits for a GPU."""
+        return _tensor_on(self.starts, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
 
 
 class Found(NamedTuple):
@@ -105,23 +110,23 @@ class Found(NamedTuple):
     variance: Tensor | None
     collision: Tensor | None
 
-    def with_target(self, rows: Rows, shard: Shard) -> Found:
+    def with_target(self, rows: Rows, place: Place) -> Found:
         if not rows.index_target:
             return self
-        z_y, (target, here) = torch.zeros_like(self.zmax), shard.place.own(rows.target, rows.valid)
+        z_y, (target, here) = torch.zeros_like(self.zmax), place.own(rows.target, rows.valid)
         if rows.logits.shape[-1]:
             x = rows.logits.gather(-1, target.clamp_min(0).reshape(*rows.logits.shape[:-1], 1)).flatten()
             z_y = torch.where(here, reference.transform(x, rows.spec), z_y)
-        return self._replace(z_y=z_y, w_y=target_weight(rows, shard))
+        return self._replace(z_y=z_y, w_y=target_weight(rows, place))
 
 
-def target_weight(rows: Rows, shard: Shard) -> Tensor | None:
+def target_weight(rows: Rows, place: Place) -> Tensor | None:
     """w_y (N,), 0 where the target is elsewhere; None without class weights."""
     if rows.weight is None or not rows.index_target:
         return None
     if not len(rows.weight):
         return rows.weight.new_zeros(len(rows.target))
-    target, here = shard.place.own(rows.target, rows.valid)
+    target, here = place.own(rows.target, rows.valid)
     return torch.where(here, rows.weight[target.clamp_min(0)], 0.0)
 
 
@@ -235,10 +240,16 @@ def _plain_sums(alone: Rows) -> _Sums:
     return _Sums(loss, q.sum(-1), spread.sum(-1), zmax, logsum, stats, known.prediction)
 
 
-def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
-    """All ranks' numbers, each (ranks, N), as rows; ``rows`` is any rank's call."""
-    spec, target, k = rows.spec, rows.target, shard.num_classes
-    f = Found(*(None if value is None else value.double() for value in found))  # type: ignore[arg-type]
+def packed(found: Found, rows: Rows, place: Place) -> Tensor:
+    """What a rank sends (numbers, N)."""
+    return torch.stack([value for value in found.with_target(rows, place) if value is not None])
+
+
+def merge(got: Tensor, sent: tuple[bool, ...], rows: Rows, starts: Tensor) -> Whole:
+    """What all ranks sent, (ranks, numbers, N), as rows; ``sent`` says which of :class:`Found`, ``rows`` is any rank's
+    call and ``starts`` where the ranks' classes begin, and end."""
+    spec, target, columns = rows.spec, rows.target, iter(got.double().unbind(1))
+    f = Found(*(next(columns) if there else None for there in sent))  # type: ignore[arg-type]  # two are always there
     zmax = f.zmax.amax(0)
     logsum = (torch.where(f.zmax == zmax, 0.0, f.zmax - zmax) + f.logsum).exp().sum(0).log()
     lse = zmax + logsum
@@ -251,7 +262,7 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
 
     w_y = None
     if f.z_y is not None:
-        owner = shard.owner(target)[None]
+        owner = torch.bucketize(target, starts[1:], right=True).clamp_max(len(starts) - 2)[None]  # of no class, any
         nll = (zmax - f.z_y.gather(0, owner)[0]) + logsum
         w_y = None if f.w_y is None else f.w_y.gather(0, owner)[0]
         fit_mass = torch.ones_like(lse) if w_y is None else w_y
@@ -262,16 +273,15 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
         fit, fit_mass = whole(f.fit, f.fit_mass), f.fit_mass.sum(0)
         nll = fit if f.nll is None or f.nll_mass is None else whole(f.nll, f.nll_mass)
 
-    n: Tensor | float = float(k) if rows.prior is None else 1.0
+    n = torch.ones_like(lse) if rows.prior is not None else starts[-1].to(lse.dtype).expand_as(lse)
     if f.covered is not None and spec.smooth_over == "finite":
         n = f.covered.sum(0)
-    e = _eps(rows, n, nll)
-    b = torch.where(torch.as_tensor(n != 0), e / n, 0.0)
+    e = _eps(rows, n)
+    b = torch.where(n != 0, e / n, 0.0)
     mass = (1 - e) * fit_mass
     loss = _term(1 - e, fit)
     if f.rest is not None:
-        sizes = torch.tensor(shard.starts, dtype=nll.dtype, device=nll.device).diff()[:, None]
-        each = sizes if f.rest_mass is None else f.rest_mass
+        each = starts.to(lse.dtype).diff()[:, None] if f.rest_mass is None else f.rest_mass
         loss = loss + _term(b, whole(f.rest, each))
         mass = mass + b * each.sum(0)
     if spec.z_loss:
@@ -281,14 +291,13 @@ def merge(found: Found, rows: Rows, shard: Shard) -> Whole:
         loss, mass = loss - spec.confidence_penalty * more[0], mass + spec.confidence_penalty * more[0]
     loss, nll = (torch.where(zmax > -math.inf, v, math.nan) for v in (loss, nll))
     if rows.index_target:
-        known = (target >= 0) & (target < k)
+        known = (target >= 0) & (target < starts[-1])
         loss, nll = (torch.where(rows.valid, torch.where(known, v, math.nan), 0.0) for v in (loss, nll))
-    saved = torch.stack((zmax, logsum, mass.expand_as(lse), torch.as_tensor(n, device=lse.device).expand_as(lse)))
+    saved = torch.stack((zmax, logsum, mass, n))
     stats = None
     if spec.return_stats and f.prediction is not None:
-        first = torch.tensor(shard.starts[:-1], device=target.device)[:, None]
         best = (f.zmax == zmax).to(torch.int8).argmax(0)[None]
-        prediction = (f.prediction.long() + first).gather(0, best)[0]
+        prediction = (f.prediction.long() + starts[:-1, None]).gather(0, best)[0]
         stats = RowStats(nll, lse, (-logsum).exp().clamp_max(1), prediction, *more[: spec.n_stats - 1])
     return Whole(loss, saved, e, w_y, stats)
 
@@ -312,13 +321,12 @@ def _term(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-def _eps(rows: Rows, n: Tensor | float, like: Tensor) -> Tensor:
+def _eps(rows: Rows, n: Tensor) -> Tensor:
     """e of the uniform form (N,)."""
     eps = rows.eps if rows.spec.smooths else 0.0
-    e = torch.as_tensor(eps, dtype=like.dtype, device=like.device).expand_as(like)
+    e = eps.to(n.dtype).expand_as(n) if isinstance(eps, Tensor) else torch.full_like(n, eps)
     if not isinstance(rows.spec.smoothing, str) or rows.spec.smoothing != "others":
         return e
-    n = torch.as_tensor(n, dtype=like.dtype, device=like.device)
     return torch.where(n > 1, e * n / (n - 1), 0.0)
 
 

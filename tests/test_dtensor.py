@@ -52,6 +52,17 @@ def _logits(rank: int) -> None:
     sharded, target = distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(y, mesh, [Replicate()])
     close(lsk.cross_entropy(sharded, target, placed), lsk.cross_entropy(x, y, weight))
     close(lsk.cross_entropy(distribute_tensor(x, mesh, [Replicate()]), y, weight), lsk.cross_entropy(x, y, weight))
+    soft, everyone = x.softmax(1), [Replicate()]
+    want = lsk.cross_entropy(x, soft, label_smoothing=EPS)
+    for k_soft in (soft, distribute_tensor(soft, mesh, [Shard(1)]), distribute_tensor(soft, mesh, everyone)):
+        close(lsk.cross_entropy(sharded, k_soft, label_smoothing=EPS), want)
+    learnt = distribute_tensor(soft, mesh, everyone).requires_grad_()
+    lsk.cross_entropy(sharded, learnt, label_smoothing=EPS).backward()
+    full = soft.clone().requires_grad_()
+    lsk.cross_entropy(x, full, label_smoothing=EPS).backward()
+    close(learnt.grad, full.grad)
+    with pytest.raises(lsk.ArgumentError, match=r"rank 0: target must have shape \(12, 16\), one value per class"):
+        lsk.cross_entropy(sharded, soft[:, :8])
     cube = distribute_tensor(x.reshape(3, 4, -1), mesh, [Shard(2)])
     close(
         lsk.CrossEntropyLoss(label_smoothing=EPS, class_dim=-1)(cube, y.reshape(3, 4)),
@@ -102,7 +113,14 @@ def _linear(rank: int) -> None:
         close(bias.grad, full[2].grad)
         with pytest.raises(lsk.ArgumentError, match="rank 0: linear_bias must be a DTensor to get a gradient"):
             lsk.linear_cross_entropy(hidden, placed_head, y, linear_bias=full[2], **given)
+        soft = (hidden @ head.T).softmax(1)
+        top = lsk.TopK(*reversed(soft.topk(2)))
+        for target in (soft, distribute_tensor(soft, mesh, [Shard(1)]), top):
+            plain = target if target is top else soft
+            want = lsk.linear_cross_entropy(hidden, head, plain, label_smoothing=EPS)
+            close(lsk.linear_cross_entropy(hidden, placed_head, target, label_smoothing=EPS), want)
         whole = distribute_tensor(head, mesh, [Replicate()])
+        close(lsk.linear_cross_entropy(hidden, whole, soft), lsk.linear_cross_entropy(hidden, head, soft))
         close(
             lsk.linear_cross_entropy(hidden, whole, y, label_smoothing=EPS),
             lsk.linear_cross_entropy(hidden, head, y, label_smoothing=EPS),

@@ -113,20 +113,16 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
         torch.testing.assert_close(grad, *torch.autograd.grad(parallel.cross_entropy(leaf, soft), leaf))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-def test_logits(cuts: tuple[int, ...], tmp_path: Path) -> None:
-    spawn(_logits, len(cuts) - 1, tmp_path, cuts, None)
+def test_logits(cuts: tuple[int, ...], backend: str | None, tmp_path: Path) -> None:
+    spawn(_logits, len(cuts) - 1, tmp_path, cuts, backend)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("cuts", [CUTS["2"], CUTS["empty between"]], ids=["2", "empty between"])
-def test_a_linear_head(cuts: tuple[int, ...], tmp_path: Path) -> None:
-    spawn(_linear, len(cuts) - 1, tmp_path, cuts, None)
-
-
-def test_plain_pytorch(tmp_path: Path) -> None:
-    for i, run in enumerate((_logits, _linear)):
-        (tmp_path / str(i)).mkdir()
-        spawn(run, 3, tmp_path / str(i), CUTS["empty between"], "reference")
+def test_a_linear_head(cuts: tuple[int, ...], backend: str | None, tmp_path: Path) -> None:
+    spawn(_linear, len(cuts) - 1, tmp_path, cuts, backend)
 
 
 def test_many_ranks(tmp_path: Path) -> None:
