@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.utils._triton import has_triton
 
@@ -42,7 +41,7 @@ def group_of(group: Any) -> Any:
 
 def group_named(name: str) -> Any:
     """The process group with this ``group_name``: operators take no other objects."""
-    return c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
 def all_gather(sent: Tensor, group: Any) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""What only a GPU has: CUDA graphs, streams, several devices. Parity there is the other tests' matter."""
+"""What only a GPU has: CUDA graphs, streams, several devices, waiting. Parity there is the other tests' matter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from cases import draw
 from conftest import HAS_CUDA
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import parallel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cases import Place
 
 pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA GPU")
@@ -74,3 +77,36 @@ def test_another_device_than_the_current_one(fast_place: Place) -> None:
     got = step(fast_place, x.to("cuda:1").requires_grad_(), y.to("cuda:1"))
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+
+
+def test_ranks_do_not_wait_for_the_gpu(tmp_path: Path) -> None:
+    """A group of one rank: with ``num_classes`` nothing is looked at after a first call like it."""
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("torch is built without NCCL")
+    torch.distributed.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x, y = torch.randn(64, 1000, device="cuda"), torch.randint(1000, (64,), device="cuda")
+        hidden, head = torch.randn(64, 32, device="cuda"), torch.randn(1000, 32, device="cuda")
+
+        def calls() -> list[torch.Tensor]:
+            logits, layer = x.clone().requires_grad_(), head.clone().requires_grad_()
+            losses = [
+                parallel.cross_entropy(logits, y, label_smoothing=0.1, num_classes=1000),
+                parallel.linear_cross_entropy(hidden, layer, y, label_smoothing=0.1, num_classes=1000),
+            ]
+            return [*losses, *torch.autograd.grad(sum(losses), (logits, layer))]
+
+        calls()
+        torch.cuda.set_sync_debug_mode("error")
+        got = calls()
+        torch.cuda.set_sync_debug_mode("default")
+        logits, layer = x.clone().requires_grad_(), head.clone().requires_grad_()
+        want = [
+            lsk.cross_entropy(logits, y, label_smoothing=0.1),
+            lsk.linear_cross_entropy(hidden, layer, y, label_smoothing=0.1),
+        ]
+        for mine, wanted in zip(got, [*want, *torch.autograd.grad(sum(want), (logits, layer))], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.distributed.destroy_process_group()
