@@ -45,10 +45,10 @@ def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tu
         input.shape[dim],
     )
     if at is None:
-        return functional.apply_spec(local, _target(target, k, mesh, at, dim), _class_vectors(spec, k, mesh, at))
+        return functional.apply_spec(local, _target(target, k, mesh, at, dim), _local_spec(spec, k, mesh, at))
     group = mesh.get_group(at)
     with told(group, local):
-        y, of_rank = _target(target, k, mesh, at, dim), _class_vectors(spec, k, mesh, at)
+        y, of_rank = _target(target, k, mesh, at, dim), _local_spec(spec, k, mesh, at)
     return parallel.apply_spec(local, y, of_rank, group, k)
 
 
@@ -69,14 +69,14 @@ def linear_cross_entropy(
     at = _sharded("linear_weight", linear_weight, 0, "its rows")
     mesh, k, along = linear_weight.device_mesh, linear_weight.shape[0], input.dim() - 1
     if at is None:
-        vectors, y = _vectors(given, linear_bias, k, mesh, at), _target(target, k, mesh, at, along)
+        vectors, y = _local(given | {"linear_bias": linear_bias}, k, mesh, at), _target(target, k, mesh, at, along)
         hidden, head = _whole("input", input), linear_weight.to_local()
         return linear.linear_cross_entropy(hidden, head, y, **vectors, **chunks, **only_here)
     group, head = mesh.get_group(at), linear_weight.to_local()
     with told(group, head):
-        vectors, y = _vectors(given, linear_bias, k, mesh, at), _target(target, k, mesh, at, along)
+        vectors, y = _local(given | {"linear_bias": linear_bias}, k, mesh, at), _target(target, k, mesh, at, along)
         for name, default in (("skip_ignored", None), ("method", "chunked"), ("filter_eps", None)):
-            if only_here[name] not in (default, False):
+            if only_here[name] is not False and only_here[name] != default:
                 raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
         reduce, hidden = _hidden(input, linear_weight, at)
     return parallel.linear_cross_entropy(
@@ -94,13 +94,6 @@ def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor
     if rows is not None and input.shape[0] % size:
         raise ArgumentError(f"input must have slices of one size on {size} ranks, got {input.shape[0]} rows")
     return "all" if rows is None else "scatter", input.to_local()
-
-
-def _vectors(given: dict[str, Any], bias: Tensor | None, k: int, mesh: DeviceMesh, at: int | None) -> dict[str, Any]:
-    """The options of the call with this rank's part of what has a value per class."""
-    named = {"linear_bias": bias, **{name: given.get(name) for name in ("weight", "smoothing")}}
-    parts = {name: _of_rank(name, value, k, mesh, at) for name, value in named.items() if isinstance(value, Tensor)}
-    return {"linear_bias": None, **given, **parts}
 
 
 def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
@@ -147,13 +140,22 @@ def _of_rank(name: str, tensor: Tensor, k: int, mesh: DeviceMesh, at: int | None
 def _target(target: Any, k: int, mesh: DeviceMesh, at: int | None, along: int) -> Any:
     """Class indices and top-k rows whole, of class probabilities this rank's."""
     soft = isinstance(target, Tensor) and target.is_floating_point() and target.dim() > along
+    if isinstance(target, tuple):  # TopK, Teacher
+        return type(target)(*(_whole("target", part) for part in target))
     return _of_rank("target", target, k, mesh, at, along) if soft else _whole("target", target)
 
 
-def _class_vectors(spec: LossSpec, k: int, mesh: DeviceMesh, at: int | None) -> LossSpec:
-    local: dict[str, Any] = {
+def _local(options: dict[str, Any], k: int, mesh: DeviceMesh, at: int | None) -> dict[str, Any]:
+    """Options as this rank has them: of a value per class its part, of all others the whole."""
+    per_class = ("linear_bias", "weight", "smoothing")
+    return {
         name: _of_rank(name, value, k, mesh, at)
-        for name in ("weight", "smoothing")
-        if isinstance(value := getattr(spec, name), Tensor)
+        if name in per_class and isinstance(value, Tensor)
+        else _whole(name, value)
+        for name, value in options.items()
     }
-    return dataclasses.replace(spec, **local)
+
+
+def _local_spec(spec: LossSpec, k: int, mesh: DeviceMesh, at: int | None) -> LossSpec:
+    tensors = {name: value for name in spec.__slots__ if isinstance(value := getattr(spec, name), Tensor)}
+    return dataclasses.replace(spec, **_local(tensors, k, mesh, at))

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from .functional import prepare, shaped
+from .functional import is_dtensor, prepare, shaped
 from .linear import LinearSpec, TopK, check_operands, top_k
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import ArgumentError, LossSpec, Rows, require
+from .spec import ArgumentError, LossSpec, Rows, require, transformed
 
 if TYPE_CHECKING:
     from .reference import RowStats
@@ -63,9 +63,9 @@ def cross_entropy(
     """
     group = group_of(group)
     with told(group, input):
+        _check("cross_entropy", options, {"input": input, "target": target})
         spec = LossSpec(weight=weight, **options)
-    result: Tensor | tuple[Tensor, RowStats] = apply_spec(input, target, spec, group, num_classes)
-    return result
+    return apply_spec(input, target, spec, group, num_classes)
 
 
 def linear_cross_entropy(
@@ -114,18 +114,20 @@ def linear_cross_entropy(
         for name in ("class_dim", "inplace"):
             if name in options:
                 raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
+        _check("linear_cross_entropy", options, {"input": input, "linear_weight": linear_weight, "target": target})
         check_operands(input, linear_weight, linear_bias)
         require(linear_weight.dim() == 2, "linear_weight", linear_weight, "of shape (K_r, D)")
         good = grad_reduce != "scatter" or input.dim() > 1
         require(good, "input", input, "of shape (N, D) or (..., D) with grad_reduce='scatter'")
         spec = LossSpec(weight=weight, class_dim=input.dim() - 1, **options)
         ranks = dist.get_world_size(group) if grad_reduce == "scatter" else 1
+        _check_num_classes(num_classes)
         rows, shape, indices = _linear_rows(_stand_in(input, linear_weight, ranks), target, spec)
         chosen = _backend(rows)
         if not rows.index_target and rows.target.requires_grad and torch.is_grad_enabled():
             raise ArgumentError("target must not require a gradient where classes are sharded: detach() it")
     operands, dtype = (input, linear_weight, linear_bias), rows.logits.dtype
-    flat = input.reshape(-1, input.shape[-1])
+    flat = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands]
     others = (rows.row_weight, spec.normalizer)
     grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
@@ -154,6 +156,7 @@ def apply_spec(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
     with told(group, input):
+        _check_num_classes(num_classes)
         rows, shape = prepare(input, target, spec, shard=True)
         chosen = _backend(rows)
     where = Where.of(rows, shape, group, num_classes, chosen.name)
@@ -190,8 +193,26 @@ def token_count(target: Tensor, group: Any = None, ignore_index: int = -100) -> 
 # ---- before a call
 
 
+def _check(function: str, options: dict[str, Any], tensors: dict[str, object]) -> None:
+    for name in options:
+        if name not in LossSpec.__slots__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    for name, value in (*tensors.items(), *options.items()):
+        if is_dtensor(value):
+            raise TypeError(
+                f"{name} must be a plain tensor of this rank, got a DTensor: labelsmooth_kernels.{function} takes those"
+            )
+
+
+def _check_num_classes(num_classes: object) -> None:
+    good = num_classes is None or (isinstance(num_classes, int) and not isinstance(num_classes, bool))
+    require(good, "num_classes", num_classes, "the number of classes of all ranks, an int, or None")
+
+
 def _backend(rows: Rows) -> backends.Backend:
     spec = rows.spec
+    if transformed():
+        raise NotImplementedError("torch.func and forward mode are not served where classes are sharded")
     for name, value in (
         ("weight", spec.weight),
         ("label_smoothing", spec.label_smoothing),

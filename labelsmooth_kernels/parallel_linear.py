@@ -32,9 +32,9 @@ from .parallel_rows import (
     results_fakes,
     results_of,
 )
-from .ranks import Exchange, all_gather, check_together, fused, group_named, refuse_graph
+from .ranks import Exchange, all_gather, check_together, fused, group_named, refuse_graph, told
 from .reference import RowStats
-from .shards import IGNORED, Shard, Whole, find, gradient_call, plain_gradient, target_weight
+from .shards import IGNORED, Layout, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import Rows, accumulate_dtype
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
     head: Head
     backend: str
-    shard: Shard
+    layout: Layout
     group: Any
     indices: Tensor | None
     """of top-k targets (N, k): classes of all ranks"""
@@ -99,7 +99,7 @@ class _Run:
     def __init__(self, operands: tuple[Tensor, Tensor, Tensor | None], rows: Rows, job: Job) -> None:
         self.job, hidden, head = job, operands[0], job.head
         ranks, n = dist.get_world_size(job.group), len(operands[0])
-        widest = max(b - a for a, b in itertools.pairwise(job.shard.starts))  # the same chunks on every rank
+        widest = max(b - a for a, b in itertools.pairwise(job.layout.starts))  # the same chunks on every rank
         chunk = rows_per_chunk(n, widest * head.dtype.itemsize, hidden.device.type, head.chunk_rows)
         self.order, self.indices = None, job.indices
         if job.scattered:
@@ -131,7 +131,7 @@ class _Run:
 
     def _of_rank(self, probabilities: Tensor, indices: Tensor) -> Tensor:
         """Top-k probabilities as those of this rank's classes (n, K_r)."""
-        first, last, _ = self.job.shard.place
+        first, last, _ = self.job.layout.place
         dtype, k = self.job.head.dtype, len(self.problem.weight)
         if k == 0:
             return probabilities.new_zeros(len(indices), 0)
@@ -144,7 +144,7 @@ class _Run:
         job, problem, last = self.job, self.problem, None
         spare = torch.empty_like(problem.buffer) if problem.rows < problem.n else problem.buffer
         for chunk, x, rows in self.logits():
-            message = Exchange(find(rows, self.kernels), rows, job.shard, job.group)
+            message = Exchange(find(rows, self.kernels), rows, job.layout, job.group)
             if last is not None:
                 yield *last[:3], last[3].wait()
             last = (chunk, x, rows, message)
@@ -155,7 +155,7 @@ class _Run:
     def add(self, chunk: slice, x: Tensor, rows: Rows, saved: Tensor, e: Tensor, factors: Tensor) -> None:
         """The gradients of a chunk whose logits are x."""
         kernels = self.kernels
-        call, saved = fused(gradient_call, x.device)(rows, self.job.shard.place, saved, e, factors)
+        call, saved = fused(gradient_call, x.device)(rows, self.job.layout.place, saved, e, factors)
         if x.shape[1] == 0:
             pass
         elif kernels is None:
@@ -198,11 +198,11 @@ def _whole(parts: list[Whole], run: _Run) -> Whole:
     return Whole(*map(together, numbers), known)  # type: ignore[call-arg]  # of four
 
 
-def _factors(rows: Rows, shard: Shard, group: Any) -> Tensor:
+def _factors(rows: Rows, layout: Layout, group: Any) -> Tensor:
     """(N,) of the rows in a mean or a sum, known before any logits are."""
     w_y = None
     if rows.spec.reduction == "mean" and rows.spec.normalizer is None:
-        w_y = target_weight(rows, shard.place)
+        w_y = target_weight(rows, layout.place)
     if w_y is not None:
         dist.all_reduce(w_y, group=group)  # a class has one owner: a sum of one weight and zeros
     scale = row_scale(rows.row_weight, divisor_of(rows, w_y))
@@ -214,24 +214,27 @@ def _factors(rows: Rows, shard: Shard, group: Any) -> Tensor:
 
 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    rows, where, indices, head, one_pass = _of(hidden, weight, arguments)
-    more = {
+    stand_in, call, where, indices, head, one_pass = _of(hidden, weight, arguments)
+    with told(group_named(where.group), hidden):
+        rows = where.rows(stand_in, call)
+    more: dict[str, Any] = {
         "grad_reduce": head.grad_reduce, "chunk_rows": head.chunk_rows or None, "features": hidden.shape[1],
-        "dtype of input": str(hidden.dtype), "a gradient is wanted in the forward": one_pass,
+        "dtype of input": str(hidden.dtype),
+        "requires_grad of input, linear_weight, linear_bias, row_weight or normalizer": one_pass,
         "classes of a target": "all" if indices is None else indices.shape[1],
     }  # fmt: skip
     if head.grad_reduce != "none":
         more["requires_grad of input"] = head.wanted[0]
-    if indices is not None and indices.device.type == "cpu":
-        more["checksum of target"] = checksum(indices)
-    agreement = where.agreement(rows, more)
-    shard, group = agreement.wait(), agreement.group
-    check_together(rows, shard)
     if indices is not None:
-        check_top_k(indices, shard.num_classes)
+        more["checksum of target"] = [checksum(indices), checksum(rows.target)]
+    agreement = where.agreement(rows, more)
+    layout, group = agreement.wait(), agreement.group
+    check_together(rows, layout)
+    if indices is not None:
+        check_top_k(indices, layout.num_classes)
     with torch.autocast(hidden.device.type, enabled=False):
-        factors = _factors(rows, shard, group) if one_pass else None
-        run, parts = _Run((hidden, weight, bias), rows, Job(head, where.backend, shard, group, indices)), []
+        factors = _factors(rows, layout, group) if one_pass else None
+        run, parts = _Run((hidden, weight, bias), rows, Job(head, where.backend, layout, group, indices)), []
         if factors is not None and run.order is not None:
             factors = factors[run.order.forward]
         for chunk, x, some, whole in run.wholes():
@@ -244,22 +247,22 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
     loss, *results = results_of(whole, head.dtype)
     if factors is not None:
         loss = (whole.loss * run.restored(factors)).sum().to(loss.dtype)
-    return loss, *results, torch.tensor(shard.starts), *grads
+    return loss, *results, torch.tensor(layout.starts), *grads
 
 
-def _of(hidden: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> tuple[Rows, Where, Tensor | None, Head, bool]:
-    """What the forward takes behind its operands, grouped; the rows with a stand-in for the logits."""
+def _of(hidden: Tensor, weight: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A stand-in for the logits, and what the forward takes behind its operands, grouped."""
     call, (*more, one_pass) = RowCall(*arguments[:ROW_ARGUMENTS]), arguments[ROW_ARGUMENTS:]
     given = len(Where._fields)
     where, indices, head = Where(*more[:given]), more[given], Head(*more[given + 1 :])
     ranks = dist.get_world_size(group_named(where.group)) if head.grad_reduce == "scatter" else 1
     stand_in = hidden.new_empty(1, dtype=head.dtype).expand(hidden.shape[0] * ranks, weight.shape[0])
-    return where.rows(stand_in, call), where, indices, head, one_pass
+    return stand_in, call, where, indices, head, one_pass
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    rows, where, _, head, one_pass = _of(hidden, weight, arguments)
-    loss, *results = results_fakes(rows)
+    stand_in, call, where, _, head, one_pass = _of(hidden, weight, arguments)
+    loss, *results = results_fakes(stand_in, call, where.n_stats)
     starts = torch.empty(dist.get_world_size(group_named(where.group)) + 1, dtype=torch.int64)
     grads = fake_gradients((hidden, weight, bias), head.wanted if one_pass else (False,) * 3)
     return loss.new_empty(()) if one_pass else loss, *results, starts, *grads
@@ -275,11 +278,11 @@ def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: A
     assert upstream is not None
     if head.dtype == torch.float16:
         upstream, factor = in_range(upstream, call.logit_scale)
-    shard = Shard(dist.get_rank(group), tuple(starts.tolist()))
+    layout = Layout(dist.get_rank(group), tuple(starts.tolist()))
     stand_in = hidden.new_empty(1, dtype=head.dtype).expand(saved.shape[1], len(weight))
     rows = called_rows(stand_in, call._replace(row_scale=None), 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        run = _Run((hidden, weight, bias), rows, Job(head, backend, shard, group, indices))
+        run = _Run((hidden, weight, bias), rows, Job(head, backend, layout, group, indices))
         if run.order is not None:
             order = run.order.forward
             saved, e, upstream = saved[:, order], e[order], upstream[order]
@@ -338,7 +341,7 @@ class ShardedLinear(torch.autograd.Function):
             return None, None, None, *others
         if not ctx.one_pass:
             *operands, target, weight, prior, indices, saved, e, starts = ctx.saved_tensors
-            rows = Rows(ctx.spec, operands[0], target, weight, prior, 0.0, None)
+            rows = Rows(ctx.spec, operands[0], target, weight, prior, 1.0, None)  # ε itself is in e
             call = row_arguments(rows, upstream.contiguous())
             made = (indices, saved, e, starts, where.group, where.backend, *ctx.head)
             grads = _OPS.sharded_linear_backward(*operands, *call, *made)

@@ -7,6 +7,9 @@ float64, from which :func:`shards.gradient_call` makes the backward without a me
 
 from __future__ import annotations
 
+import ctypes
+import math
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from .autograd import called_rows, graph_is_kept, row_arguments
 from .backends import BACKENDS
 from .functional import denominator
 from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall
-from .ranks import Agreement, Exchange, check_together, fused, group_named, refuse_graph
+from .ranks import Agreement, Exchange, check_together, fused, group_named, refuse_graph, told
 from .reference import RowStats
 from .shards import Place, Whole, find, gradient_call, plain_gradient, plain_target_gradient
 from .spec import LossSpec, Rows, accumulate_dtype
@@ -45,12 +48,15 @@ class Where(NamedTuple):
     @classmethod
     def of(cls, rows: Rows, shape: torch.Size, group: Any, num_classes: int | None, backend: str) -> Where:
         given = rows.spec.normalizer
+        if torch.compiler.is_compiling() and given is not None:  # as a tensor a changing number stays out of the graph
+            given = denominator(rows)
         tensor, number = (given.detach(), None) if isinstance(given, Tensor) else (None, given)
         return cls(
             tensor, number, rows.spec.reduction, group.group_name, num_classes, list(shape), backend, rows.spec.n_stats
         )
 
     def rows(self, logits: Tensor, call: RowCall) -> Rows:
+        """The call as rows; raises for an ε that no graph could look at."""
         normalizer = self.normalizer_number if self.normalizer is None else self.normalizer
         return called_rows(logits, call, self.n_stats, reduction=self.reduction, normalizer=normalizer)
 
@@ -68,13 +74,13 @@ class Where(NamedTuple):
             "classes": x.shape[-1], "shape of target": self.shape, "dtype": str(x.dtype), "device": x.device.type,
             "smoothing": spec.smoothing if isinstance(spec.smoothing, str) else "a prior",
             "label_smoothing": _shown(rows.eps, x.dtype), "num_classes": self.num_classes,
-            "weight": spec.weight is not None, "row_weight": spec.row_weight is not None,
+            "weight": spec.weight is not None, "row_weight": _shown(rows.row_weight, x.dtype),
+            "normalizer": _shown(spec.normalizer, x.dtype),
             "target": "class indices" if rows.index_target else "probabilities",
         }  # fmt: skip
         named = ("ignore_index", "reduction", "smooth_over", "z_loss", "confidence_penalty", "logit_scale", "softcap")
         facts |= {name: getattr(spec, name) for name in (*named, "return_stats")}
-        facts["normalizer"] = "a tensor" if isinstance(spec.normalizer, Tensor) else spec.normalizer
-        if x.device.type == "cpu" and rows.index_target:
+        if rows.index_target:
             facts["checksum of target"] = checksum(rows.target)
         return facts
 
@@ -86,36 +92,44 @@ WHERE_SCHEMA = (
 RESULTS_SCHEMA = "Tensor loss, Tensor saved, Tensor e, Tensor w_y, Tensor stats, Tensor prediction"
 
 
-def _shown(eps: float | Tensor, dtype: torch.dtype) -> float | list[int]:
-    """ε as it is compared: the number, which torch.compile makes a tensor; of one per row, or on a GPU, the shape."""
-    if isinstance(eps, Tensor):
-        if eps.numel() != 1 or eps.device.type != "cpu":
-            return list(eps.shape)
-        eps = float(eps)
-    return eps if dtype == torch.float64 else float(f"{eps:.7g}")
+def _shown(value: float | Tensor | None, dtype: torch.dtype) -> object:
+    """A number or tensor as it is compared. A tensor of one element is its number, as torch.compile makes tensors of
+    numbers; but not if 0, which as a number means that nothing is smoothed."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            return list(value.shape)
+        if value.numel() != 1 or value == 0:
+            return f"{tuple(value.shape)} of checksum {checksum(value)}"
+    if value is None or dtype == torch.float64:
+        return None if value is None else float(value)
+    return float(f"{torch.tensor(value, dtype=torch.float32).item():.7g}")
 
 
-def checksum(target: Tensor) -> int:
-    return int((target.flatten() * torch.arange(1, target.numel() + 1)).sum())
+def checksum(tensor: Tensor) -> int | None:
+    """Of the bytes, where looking costs nothing: on a CPU."""
+    if tensor.device.type != "cpu":
+        return None
+    tensor = tensor.contiguous()
+    return zlib.crc32(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def results_of(whole: Whole, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What an operator returns of the rows: RESULTS_SCHEMA. ``stats`` are the floating-point ones of RowStats in their
     order, without elements where there are none, like ``prediction`` and ``w_y``."""
-    acc, nothing = accumulate_dtype(dtype), whole.loss.new_empty(0)
-    stats, prediction = nothing.reshape(0, 0), nothing.long()
+    acc, new = accumulate_dtype(dtype), whole.loss.new_empty
+    stats, prediction = new(0, 0), new(0, dtype=torch.int64)
     if whole.stats is not None:
         nll, lse, confidence, prediction, *more = whole.stats
         stats = torch.stack([nll, lse, confidence, *(value for value in more if value is not None)])
-    w_y = nothing if whole.w_y is None else whole.w_y
-    return whole.loss.to(acc), whole.saved, whole.e, w_y.to(acc), stats.to(acc), prediction
+    w_y = new(0) if whole.w_y is None else whole.w_y
+    e = whole.e.clone(memory_format=torch.contiguous_format)  # it may be the caller's ε, expanded
+    return whole.loss.to(acc), whole.saved, e, w_y.to(acc), stats.to(acc), prediction
 
 
-def results_fakes(rows: Rows) -> tuple[Tensor, ...]:
-    """Of what :func:`results_of` returns."""
-    x, n, k = rows.logits, rows.n, rows.spec.n_stats
-    acc = accumulate_dtype(x.dtype)
-    weighed = rows.weight is not None and rows.index_target
+def results_fakes(x: Tensor, call: RowCall, k: int) -> tuple[Tensor, ...]:
+    """Of what :func:`results_of` returns, of k statistics."""
+    n, acc = math.prod(x.shape[:-1]), accumulate_dtype(x.dtype)
+    weighed = call.weight is not None and not call.target.is_floating_point()
     loss, w_y, stats = (
         x.new_empty(shape, dtype=acc) for shape in ((n,), (n if weighed else 0,), (k + 2, n) if k else (0, 0))
     )
@@ -124,26 +138,29 @@ def results_fakes(rows: Rows) -> tuple[Tensor, ...]:
 
 
 def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator that ranks run together."""
+    """Define an operator that ranks run together, and that torch.compile must not leave out on one that needs none of
+    its results."""
     LIBRARY.define(f"{name}{schema}")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.fx.node.has_side_effect(getattr(_OPS, name).default)
 
 
 def _forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call, where = RowCall(*arguments[:ROW_ARGUMENTS]), Where(*arguments[ROW_ARGUMENTS:])
-    rows = where.rows(logits, call)
+    with told(group_named(where.group), logits):
+        rows = where.rows(logits, call)
     agreement = where.agreement(rows, {})
     found = find(rows, where.kernels)  # while the facts travel
-    shard = agreement.wait()
-    check_together(rows, shard)
-    whole = Exchange(found, rows, shard, agreement.group).wait()
-    return *results_of(whole, logits.dtype), torch.tensor(shard.place)
+    layout = agreement.wait()
+    check_together(rows, layout)
+    whole = Exchange(found, rows, layout, agreement.group).wait()
+    return *results_of(whole, logits.dtype), torch.tensor(layout.place)
 
 
 def _fake_forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call, where = RowCall(*arguments[:ROW_ARGUMENTS]), Where(*arguments[ROW_ARGUMENTS:])
-    return *results_fakes(where.rows(logits, call)), torch.empty(3, dtype=torch.int64)
+    return *results_fakes(logits, call, where.n_stats), torch.empty(3, dtype=torch.int64)
 
 
 _SCHEMA = f"(Tensor logits, {ROW_SCHEMA}, {WHERE_SCHEMA}) -> ({RESULTS_SCHEMA}, Tensor place)"

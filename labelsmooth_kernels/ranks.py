@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from .shards import Found, Shard, Whole, merge, packed
+from .shards import Found, Layout, Whole, merge, packed
 from .spec import ArgumentError, Rows, check_index_targets
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_HEADER, _TEXT = 2048, 160  # bytes that a rank tells before a call; characters of an error, 12 bytes each at most
+_HEADER = 2048  # bytes that a rank tells before a call
 _KEPT = 256
 _ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
 _agreed: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
@@ -67,21 +67,24 @@ class Agreement:
 
     def __init__(self, group: Any, facts: dict[str, Any], device: torch.device) -> None:
         if "error" in facts:
-            facts = {"error": [facts["error"][0], facts["error"][1][:_TEXT]]}
+            kind, text = facts["error"]
+            while len(json.dumps(facts)) > _HEADER:
+                text = text[: len(text) * 3 // 4]
+                facts = {"error": [kind, text]}
         self.group, self.mine, self.work = group, json.dumps(facts), None
         self.kept = device.type != "cpu" and facts.get("num_classes") is not None
         if self.kept and self.mine in _agreed.setdefault(group, {}):
             return
         header = torch.frombuffer(bytearray(self.mine.ljust(_HEADER), "ascii"), dtype=torch.uint8)
-        self.told, self.work = all_gather(header.to(device), group)
+        self.headers, self.work = all_gather(header.to(device), group)
 
-    def wait(self) -> Shard:
+    def wait(self) -> Layout:
         """Where this rank's classes lie; raises, on every rank, where one has refused or two disagree."""
         rank = dist.get_rank(self.group)
         if self.work is None:
-            return Shard(rank, _agreed[self.group][self.mine])
+            return Layout(rank, _agreed[self.group][self.mine])
         self.work.wait()
-        facts = [json.loads(bytes(row)) for row in self.told.cpu().tolist()]
+        facts = [json.loads(bytes(row)) for row in self.headers.cpu().tolist()]
         for r, fact in enumerate(facts):
             if "error" in fact:
                 kind, text = fact["error"]
@@ -102,7 +105,7 @@ class Agreement:
             if len(_agreed[self.group]) >= _KEPT:
                 _agreed[self.group].clear()  # on all ranks at once: they make the same calls
             _agreed[self.group][self.mine] = tuple(starts)
-        return Shard(rank, tuple(starts))
+        return Layout(rank, tuple(starts))
 
 
 class told:  # noqa: N801  # with told(group, input):
@@ -120,16 +123,18 @@ class told:  # noqa: N801  # with told(group, input):
 
     @torch.compiler.disable(reason="an argument of labelsmooth_kernels.parallel is refused: plain Python tells which")  # type: ignore[untyped-decorator]
     def _tell(self, error: Exception) -> None:
-        device = self.input.device if isinstance(self.input, Tensor) else torch.device("cpu")
+        served = [device.type for device in self.group._device_types]
+        device = torch.device("cpu" if "cpu" in served else served[0])
+        device = self.input.device if isinstance(self.input, Tensor) else device
         Agreement(self.group, {"error": [type(error).__name__, str(error)]}, device).wait()
 
 
-def check_together(rows: Rows, shard: Shard) -> None:
+def check_together(rows: Rows, layout: Layout) -> None:
     """What needs the classes of all ranks, and fails on all of them alike."""
-    if rows.spec.smoothing == "others" and shard.num_classes == 1 and rows.spec.smooths:
+    if rows.spec.smoothing == "others" and layout.num_classes == 1 and rows.spec.smooths:
         raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other to smooth over")
     if rows.logits.device.type == "cpu" and rows.index_target:
-        check_index_targets(rows.target, shard.num_classes, rows.spec.ignore_index)
+        check_index_targets(rows.target, layout.num_classes, rows.spec.ignore_index)
 
 
 def fuses(device: torch.device) -> bool:
@@ -153,14 +158,14 @@ class Exchange:
     bytes; there each rank merges a part of the rows, and sends what it found to all: two messages, 1/ranks of the work.
     """
 
-    def __init__(self, found: Found, rows: Rows, shard: Shard, group: Any) -> None:
+    def __init__(self, found: Found, rows: Rows, layout: Layout, group: Any) -> None:
         device = rows.logits.device
         if fuses(device) and not isinstance(rows.eps, Tensor):  # every number would be compiled anew
             rows = rows._replace(eps=torch.full((1,), rows.eps, dtype=torch.float64, device=device))
-        self.rows, self.shard, self.group = rows, shard, group
+        self.rows, self.layout, self.group = rows, layout, group
         of_target = {"z_y": rows.index_target, "w_y": rows.index_target and rows.weight is not None}
         self.sent = tuple(v is not None or of_target.get(name, False) for name, v in found._asdict().items())
-        mine = fused(packed, device)(found, rows, shard.place)
+        mine = fused(packed, device)(found, rows, layout.place)
         n, ranks = mine.shape[1], dist.get_world_size(group)
         self.each = -(-n // ranks) if ranks > MANY else 0
         if self.each == 0:
@@ -174,7 +179,7 @@ class Exchange:
     def wait(self) -> Whole:
         self.work.wait()
         rows, device = self.rows if self.each == 0 else self._part(), self.got.device
-        whole = fused(merge, device)(self.got, self.sent, rows, self.shard.starts_on(device))
+        whole = fused(merge, device)(self.got, self.sent, rows, self.layout.starts_on(device))
         if self.each == 0:
             return whole
         got, work = all_gather(whole.packed(), self.group)
@@ -183,7 +188,7 @@ class Exchange:
 
     def _part(self) -> Rows:
         """The rows that this rank merges, filled up with ignored ones."""
-        begin, rows = self.each * self.shard.rank, self.rows
+        begin, rows = self.each * self.layout.rank, self.rows
         n, index = rows.n, torch.arange(begin, begin + self.each, device=rows.target.device)
         at = index.clamp_max(n - 1)
         target = rows.target

@@ -58,7 +58,7 @@ class Place(NamedTuple):
         return torch.where(live, torch.where(here, target - self.first, 0), IGNORED), here
 
 
-class Shard(NamedTuple):
+class Layout(NamedTuple):
     """Where all ranks' columns lie."""
 
     rank: int
@@ -318,7 +318,7 @@ def _moments(f: Found, zmax: Tensor, behind: Tensor) -> list[Tensor]:
 
 def _term(weight: Tensor, value: Tensor) -> Tensor:
     """0 where the weight is 0, even beside an infinite value."""
-    return torch.where(weight == 0, 0.0, weight * value)
+    return torch.where((weight == 0) & value.isinf(), 0.0, weight * value)
 
 
 def _eps(rows: Rows, n: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ def _logits(rank: int) -> None:
     want = lsk.cross_entropy(x, soft, label_smoothing=EPS)
     for k_soft in (soft, distribute_tensor(soft, mesh, [Shard(1)]), distribute_tensor(soft, mesh, everyone)):
         close(lsk.cross_entropy(sharded, k_soft, label_smoothing=EPS), want)
+    rows = distribute_tensor(torch.rand(N, dtype=x.dtype), mesh, everyone)
+    got = lsk.cross_entropy(
+        sharded,
+        y,
+        row_weight=rows,
+        label_smoothing=distribute_tensor(torch.tensor([EPS], dtype=x.dtype), mesh, everyone),
+    )
+    close(got, lsk.cross_entropy(x, y, row_weight=rows.to_local(), label_smoothing=EPS))
+    with pytest.raises(TypeError, match="rank 0: input must be a plain tensor of this rank, got a DTensor"):
+        lsk.parallel.cross_entropy(sharded, y)
     learnt = distribute_tensor(soft, mesh, everyone).requires_grad_()
     lsk.cross_entropy(sharded, learnt, label_smoothing=EPS).backward()
     full = soft.clone().requires_grad_()

@@ -16,8 +16,9 @@ from test_data_parallel import needs_gloo
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import parallel, ranks
+from labelsmooth_kernels import parallel, ranks, shards
 from labelsmooth_kernels.backends import BACKENDS
+from labelsmooth_kernels.spec import LossSpec, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,8 +161,14 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
     leaf = x[:, part].clone().requires_grad_()
     overwritten = leaf * 1.0
     (grad,) = torch.autograd.grad(parallel.cross_entropy(leaf, y, label_smoothing=EPS), leaf)
-    (again,) = torch.autograd.grad(parallel.cross_entropy(overwritten, y, label_smoothing=EPS, inplace=True), leaf)
-    assert torch.equal(grad, again)
+    loss = parallel.cross_entropy(overwritten, y, label_smoothing=EPS, inplace=True)
+    squares = (overwritten * overwritten).sum()
+    for kept in (True, True, False):  # overwritten only when the graph ends
+        (again,) = torch.autograd.grad(loss, leaf, retain_graph=kept)
+        assert torch.equal(grad, again)
+    if BACKENDS["cpu"].unavailable() is None:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(squares, overwritten)
     if BACKENDS["cpu"].unavailable() is None:  # the reference overwrites nothing
         assert torch.equal(overwritten, grad)
     hidden, head = (t.float().requires_grad_() for t in draw(cuts[-1])[2:])
@@ -178,20 +185,28 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
     part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
     for dtype in PRECISE if backend is None else (torch.float64,):
         _, y, hidden, head = draw(cuts[-1], dtype)
-        bias = head[:, 0].contiguous()
-        for i, (name, given) in enumerate(options(cuts[-1]).items()):
+        cases = options(cuts[-1])
+        cases |= {f"finite, {name}": cases[name] | {"smooth_over": "finite"} for name in ("uniform", "others", "prior")}
+        cases["finite, by rows"] = cases["none"] | {"smooth_over": "finite"}
+        for i, (name, given) in enumerate(cases.items()):
+            bias = head[:, 0].contiguous()
+            if "finite" in name:
+                bias[0] = -torch.inf
+            y = y.where(y != 0, cuts[-1] - 1) if "finite" in name else y
             full, target = [t.clone().requires_grad_() for t in (hidden, head, bias)], of_case(name, y)
             want = lsk.linear_cross_entropy(full[0], full[1], target, linear_bias=full[2], return_stats="all", **given)
             seed = torch.linspace(-1, 2, N, dtype=want[0].dtype) if want[0].dim() else torch.tensor(1.3).to(want[0])
             want_grads = list(torch.autograd.grad(want[0], full, seed))
             mine = slice(rank * N // size, (rank + 1) * N // size)
-            for reduce, chunk in (("all", None), ("scatter", 2), ("none", 5), ("all", 5))[i % 2 :: 2]:
+            ways = (("all", None), ("scatter", 2), ("none", 5), ("all", 5))
+            for reduce, chunk in ways if name in ("none", "finite, by rows") else ways[i % 2 :: 2]:
                 rows = mine if reduce == "scatter" else slice(None)
                 leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part], bias[part])]
                 got = parallel.linear_cross_entropy(
                     leaves[0], leaves[1], target, linear_bias=leaves[2], return_stats="all", backend=backend,
                     grad_reduce=reduce, chunk_rows=chunk, **of_rank(given, part),
                 )  # fmt: skip
+                torch.autograd.grad(got[0], leaves, seed, retain_graph=True)
                 grads = list(torch.autograd.grad(got[0], leaves, seed))
                 if reduce == "none":
                     dist.all_reduce(grads[0])
@@ -324,6 +339,26 @@ def _global_mean(rank: int) -> None:
         dist.all_reduce(part.grad)
         torch.testing.assert_close(part.grad, leaf.grad)
         assert int(count) == 6
+
+
+def _bits(rank: int) -> None:
+    """Rows enough for an order of adding of its own to show; and a gradient's call with a target that is no class."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 40, generator=rng, dtype=torch.float64), torch.randint(40, (2000,), generator=rng)
+    mine = x[:, 10 * rank : 10 * rank + 10]
+    loss, stats = parallel.cross_entropy(mine, y, label_smoothing=EPS, reduction="none", return_stats="all")
+    for values in (loss, *(s.double() for s in stats if s is not None)):
+        agree_to_the_bit(values)
+    y = torch.tensor([40, -1, 3, -100, 2**40])
+    rows = Rows(LossSpec(label_smoothing=EPS), mine[:5], y, None, None, EPS, None)
+    saved, e = torch.ones(4, 5, dtype=torch.float64), torch.full((5,), EPS, dtype=torch.float64)
+    call, _ = shards.gradient_call(rows, shards.Place(0, 10, 40), saved, e, torch.ones(5))
+    assert call.row_scale is not None
+    assert call.row_scale.isnan().tolist() == [True, True, False, False, True]
+
+
+def test_the_same_bits_on_four_ranks(tmp_path: Path) -> None:
+    spawn(_bits, 4, tmp_path)
 
 
 def test_a_mean_over_all_ranks(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_data_parallel import needs_gloo
 from test_parallel import EPS, D, draw, of_rank, options, same_as_one, spawn
 from torch import nn
@@ -16,6 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import parallel, ranks
+from labelsmooth_kernels.autograd import row_arguments
+from labelsmooth_kernels.parallel_linear import Head
+from labelsmooth_kernels.parallel_rows import Where
+from labelsmooth_kernels.spec import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,6 +118,53 @@ def _fused(rank: int) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # what is sent, the rows, the gradient's call
 
 
+def _trained(rank: int) -> None:
+    """By inductor, whose every result must have the strides that were announced; and where one rank drops its own."""
+    part = slice(CUTS[rank], CUTS[rank + 1])
+    x, y, *_ = draw(8, torch.float32)
+    for eps in (0.1, torch.tensor(0.1), torch.linspace(0, 0.5, len(y))):
+        grads = []
+        for call in (parallel.cross_entropy, torch.compile(parallel.cross_entropy)):
+            leaf = x[:, part].clone().requires_grad_()
+            call(leaf, y, label_smoothing=eps).backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(grads[0], grads[1])
+    run = compiled(
+        lambda x: parallel.cross_entropy(x, y) + 1 if rank == 0 else (parallel.cross_entropy(x, y), x.sum())[1]
+    )
+    run(x[:, part])
+    many = compiled(lambda x, n: parallel.cross_entropy(x, y, normalizer=n))
+    for n in range(1, 13):
+        torch.testing.assert_close(many(x[:, part].clone(), n / 2), lsk.cross_entropy(x, y, normalizer=n / 2))
+    with pytest.raises(lsk.ArgumentError, match="rank 1: label_smoothing must be finite"):
+        compiled(lambda x, eps: parallel.cross_entropy(x, y, label_smoothing=eps))(
+            x[:, part], torch.tensor(3.0 if rank else 0.1)
+        )
+    with pytest.raises(NotImplementedError, match=r"torch\.func and forward mode are not served"):
+        torch.func.grad(lambda x: parallel.cross_entropy(x, y))(x[:, part])
+
+
+def _operators(rank: int) -> None:
+    """What PyTorch's own check of operators says, at one rank."""
+    x, y, hidden, head = draw(8, torch.float64)
+    group, ops = dist.new_group([0]), torch.ops.labelsmooth_kernels
+    if rank == 1:
+        return
+    for weight in (None, torch.ones(8, dtype=torch.float64)):
+        spec = lsk.LossSpec(
+            label_smoothing=torch.full((len(y),), EPS).double(), weight=weight, return_stats=bool(weight is None)
+        )
+        rows = Rows(spec, x, y, weight, None, spec.label_smoothing, None)
+        where = Where.of(rows, y.shape, group, 8, "reference")
+        call = row_arguments(rows, None)
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        torch.library.opcheck(ops.sharded_forward.default, (x, *call, *where), test_utils=checks)
+        how = Head(torch.float64, "all", 5, True, [True, True, False])
+        for one_pass in (False, True):
+            given = (hidden, head, None, *call, *where, None, *how, one_pass)
+            torch.library.opcheck(ops.sharded_linear_forward.default, given, test_utils=checks)
+
+
 def _mixed(rank: int) -> None:
     """One rank in a graph and one not agree."""
     part = slice(CUTS[rank], CUTS[rank + 1])
@@ -137,6 +189,6 @@ def _dtensors(rank: int) -> None:
         torch.testing.assert_close(compiled(run)(hidden), want)
 
 
-@pytest.mark.parametrize("run", [_same, _sizes, _fused, _mixed, _dtensors])
+@pytest.mark.parametrize("run", [_same, _sizes, _trained, _operators, _fused, _mixed, _dtensors])
 def test_one_graph(run: Callable[[int], None], tmp_path: Path) -> None:
     spawn(run, 2, tmp_path)

@@ -73,7 +73,7 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
                 want = lsk.linear_cross_entropy(*full, target, return_stats="all", **given)
                 seed = torch.linspace(-1, 2, N).to(want[0]) if want[0].dim() else torch.tensor(1.3).to(want[0])
                 want_grads = torch.autograd.grad(want[0], full, seed)
-                reduce, chunk = (("all", None), ("scatter", 2), ("none", 5))[i % 3]
+                reduce, chunk = (("all", None), ("scatter", 2), ("none", 5))[1 if name == "none" else i % 3]
                 rows = mine if reduce == "scatter" else slice(None)
                 leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part])]
                 got = parallel.linear_cross_entropy(
@@ -92,8 +92,9 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
     with pytest.raises(lsk.ArgumentError, match="rank 0: target must not require a gradient"):
         parallel.linear_cross_entropy(hidden, head[part], dense[:, part].clone().requires_grad_())
     other = TopK(top.indices.flip(0) if rank else top.indices, top.probabilities)
-    with pytest.raises(lsk.ArgumentError, match="checksum of target must be the same on all ranks"):
-        parallel.linear_cross_entropy(hidden, head[part], other)
+    for wrong in (other, TopK(top.indices, top.probabilities * (1 + rank))):
+        with pytest.raises(lsk.ArgumentError, match="checksum of target must be the same on all ranks"):
+            parallel.linear_cross_entropy(hidden, head[part], wrong)
     with pytest.raises(lsk.ArgumentError, match=r"classes of a target must be the same on all ranks, got \['all', 3"):
         parallel.linear_cross_entropy(hidden, head[part], top if rank else dense[:, part])
 
@@ -108,6 +109,10 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
         got = parallel.cross_entropy(*leaves, label_smoothing=0.1, reduction="none")
         torch.testing.assert_close(got, want.reshape(3, 4))
         assert [g.shape for g in torch.autograd.grad(got.sum(), leaves)] == [cube.shape, soft.shape]
+    bad = soft.clone()
+    bad[0] = torch.nan
+    for eps in (0.1, 1.0):
+        assert parallel.cross_entropy(cube, bad, label_smoothing=eps, reduction="none")[0].isnan().all()
     overwritten, leaf = cube.clone().requires_grad_(), cube.clone().requires_grad_()
     for grad in torch.autograd.grad(parallel.cross_entropy(overwritten * 1.0, soft, inplace=True), overwritten):
         torch.testing.assert_close(grad, *torch.autograd.grad(parallel.cross_entropy(leaf, soft), leaf))

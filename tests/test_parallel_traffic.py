@@ -37,6 +37,27 @@ def _disagree(rank: int) -> None:
     refused(lsk.ArgumentError, rf"shape of target {same} \[\[12\], \[11\]\]", mine[:n], y[:n])
     refused(lsk.ArgumentError, f"dtype {same}", mine.double() if bad else mine, y)
     refused(lsk.ArgumentError, f"label_smoothing {same}", mine, y, label_smoothing=0.2 if bad else 0.1)
+    for name, (good, other) in {
+        "ignore_index": (-100, -1), "smooth_over": ("all", "finite"), "z_loss": (0.0, 0.1), "softcap": (None, 3.0),
+        "confidence_penalty": (0.1, 0.2), "logit_scale": (1.0, 2.0), "return_stats": (False, True),
+        "smoothing": ("uniform", "others"), "label_smoothing": (0.0, torch.tensor(0.0)),
+        "row_weight": (torch.ones(N), torch.full((N,), 2.0)), "normalizer": (torch.tensor(3), torch.tensor(4)),
+    }.items():  # fmt: skip
+        given = {"label_smoothing": EPS} | {name: other if bad else good}
+        refused(lsk.ArgumentError, f"{name} {same}", mine, y, **given)
+    rows = torch.full((N,), 0.1 * rank)
+    refused(lsk.ArgumentError, f"label_smoothing {same}", mine, y, label_smoothing=rows)
+    for first, second in (([0, 1], [2, 0]), ([9, 0], [7, 1])):  # whose sums of place times class are equal
+        refused(lsk.ArgumentError, f"checksum of target {same}", mine[:2], torch.tensor(second if bad else first))
+    refused(
+        lsk.ArgumentError, "rank 1: num_classes must be the number of classes", mine, y, num_classes=8.0 if bad else 8
+    )
+    refused(TypeError, "rank 1: input must be a Tensor, got list", [1.0] if bad else mine, y)
+    if not bad:
+        refused(lsk.ArgumentError, r"rank 1: (a long text, ){100}", mine, y)
+    else:
+        with pytest.raises(lsk.ArgumentError, match="a long text"), ranks.told(dist.group.WORLD, mine):
+            raise lsk.ArgumentError("a long text, " * 1000)
     refused(lsk.ArgumentError, f"reduction {same}", mine, y, reduction="sum" if bad else "mean")
     refused(lsk.ArgumentError, f"weight {same}", mine, y, torch.ones(4) if bad else None)
     refused(lsk.ArgumentError, f"checksum of target {same}", mine, y.roll(1) if bad else y)
@@ -44,7 +65,13 @@ def _disagree(rank: int) -> None:
     refused(lsk.ArgumentError, rf"normalizer {same} \[None, 12.0\]", mine, y, normalizer=12.0 if bad else None)
     refused(lsk.ArgumentError, "num_classes must be that of all ranks together, 8, got 9", mine, y, num_classes=9)
     refused(lsk.ArgumentError, "rank 1: label_smoothing must be a finite", mine, y, label_smoothing=3.0 if bad else 0.1)
-    refused(TypeError, "rank 1: .*unexpected keyword", mine, y, **({"smothing": 1} if bad else {}))
+    refused(
+        TypeError,
+        "rank 1: cross_entropy.. got an unexpected keyword argument 'smothing'",
+        mine,
+        y,
+        **({"smothing": 1} if bad else {}),
+    )
     refused(
         lsk.ArgumentError, rf"target {same} \['class indices', 'probabilities'\]", mine, mine.softmax(1) if bad else y
     )
@@ -57,7 +84,7 @@ def _disagree(rank: int) -> None:
     with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):
         parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="none" if bad else "all")
     leaf, rows = head[part].clone().requires_grad_(), torch.ones(N, requires_grad=bad)
-    with pytest.raises(lsk.ArgumentError, match=f"a gradient is wanted in the forward {same}"):
+    with pytest.raises(lsk.ArgumentError, match=f"requires_grad of input, .* or normalizer {same}"):
         parallel.linear_cross_entropy(hidden, leaf, y, row_weight=rows)
     with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):  # another function altogether
         parallel.cross_entropy(mine, y) if bad else parallel.linear_cross_entropy(hidden, head[part], y)
