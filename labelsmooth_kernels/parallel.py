@@ -3,8 +3,8 @@
 Rank r holds some columns of the logits, or rows of the head, in the order of the ranks; targets are class numbers among
 all. Every option of :func:`labelsmooth_kernels.cross_entropy` means what it means on one device: K counts the classes
 of all ranks, smoothing spreads over all of them. The maths of the merge, and what a rank sends, stand in
-:mod:`labelsmooth_kernels.shards`: 3 numbers per row (4 with smoothing) in one all-gather, or, over more than 16 ranks,
-in an all-to-all whose results are gathered; the same bits on every rank.
+:mod:`labelsmooth_kernels.shards`: with class indices 3 numbers per row (4 with smoothing) in one all-gather, or, over
+more than 16 ranks, in an all-to-all whose results are gathered; the same bits on every rank.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def cross_entropy(
 
     Raises:
         ArgumentError, TypeError, IndexError: as ``cross_entropy``; and on every rank alike where one rank refuses its
-            arguments, or ranks disagree in shape, dtype or options. They tell each other before each call, which waits
-            for a GPU; there, with ``num_classes``, only before a call of which none was like it. As many classes must
-            then always be cut alike, and a rank that goes its own way later ends in the time-out of the group.
+            arguments, or ranks disagree in shape, dtype or options, on a CPU also in the values of what they share.
+            They tell each other before each call, which waits for a GPU; there, with ``num_classes``, only before a
+            call of which none was like it. As many classes must then always be cut alike, and a rank that goes its own
+            way later ends in the time-out of the group.
 
     Source: Shoeybi et al. 2019, "Megatron-LM"; smoothing there counts the classes of a rank only.
     """

@@ -166,7 +166,7 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
     for kept in (True, True, False):  # overwritten only when the graph ends
         (again,) = torch.autograd.grad(loss, leaf, retain_graph=kept)
         assert torch.equal(grad, again)
-    if BACKENDS["cpu"].unavailable() is None:
+    if BACKENDS["cpu"].unavailable() is None and leaf.numel():
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(squares, overwritten)
     if BACKENDS["cpu"].unavailable() is None:  # the reference overwrites nothing
