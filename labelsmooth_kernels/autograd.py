@@ -35,7 +35,7 @@ def row_arguments(rows: Rows, row_scale: Tensor | None) -> RowCall:
     spec, eps = rows.spec, rows.eps if rows.spec.smooths else 0.0
     number, vector = (0.0, eps) if isinstance(eps, Tensor) else (eps, None)
     return RowCall(
-        rows.target, rows.weight, rows.prior, number, vector, row_scale, spec.ignore_index, spec.smoothing == "others",
+        rows.target, rows.weight, rows.prior, number, vector, row_scale, spec.ignore_index, spec.others,
         spec.smooths and spec.smooth_over == "finite", spec.z_loss, spec.confidence_penalty,
         spec.logit_scale, spec.softcap,
     )  # fmt: skip

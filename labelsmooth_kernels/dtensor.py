@@ -38,12 +38,8 @@ def spec_of(input: DTensor, options: dict[str, Any]) -> LossSpec:
 def cross_entropy(input: DTensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`labelsmooth_kernels.cross_entropy` of logits that are a DTensor."""
     dim = 0 if input.dim() == 1 else spec.class_dim % input.dim()
-    at, mesh, local, k = (
-        _sharded("input", input, dim, "its classes"),
-        input.device_mesh,
-        input.to_local(),
-        input.shape[dim],
-    )
+    mesh, local, k = input.device_mesh, input.to_local(), input.shape[dim]
+    at = _sharded("input", input, dim, "its classes")
     if at is None:
         return functional.apply_spec(local, _target(target, k, mesh, at, dim), _local_spec(spec, k, mesh, at))
     group = mesh.get_group(at)
@@ -98,7 +94,7 @@ def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor
 
 def _sharded(name: str, tensor: DTensor, dim: int, what: str) -> int | None:
     """The mesh dimension on which ``dim`` is sharded, where that is all the placement says; None where it is not."""
-    found = [i for i, p in enumerate(tensor.placements) if type(p) is Shard and p.dim % tensor.dim() == dim]
+    found = [i for i, p in enumerate(tensor.placements) if isinstance(p, Shard) and p.dim % tensor.dim() == dim]
     others = [p for i, p in enumerate(tensor.placements) if i not in found]
     if len(found) > 1 or not all(isinstance(p, Replicate) for p in others):
         raise ArgumentError(

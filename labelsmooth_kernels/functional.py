@@ -180,7 +180,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     weight, prior = _class_vector("weight", spec.weight, logits), None
     if isinstance(spec.smoothing, Tensor):
         prior = _class_vector("smoothing", spec.smoothing, logits)
-    if spec.smoothing == "others" and num_classes == 1 and spec.smooths and not shard:
+    if spec.others and num_classes == 1 and spec.smooths and not shard:
         raise ArgumentError(
             "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
         )

@@ -32,7 +32,7 @@ from .parallel_rows import (
     results_fakes,
     results_of,
 )
-from .ranks import Exchange, all_gather, check_together, fused, group_named, refuse_graph, told
+from .ranks import Exchange, all_gather, check_together, group_named, refuse_graph, told
 from .reference import RowStats
 from .shards import IGNORED, Layout, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import Rows, accumulate_dtype
@@ -155,7 +155,7 @@ class _Run:
     def add(self, chunk: slice, x: Tensor, rows: Rows, saved: Tensor, e: Tensor, factors: Tensor) -> None:
         """The gradients of a chunk whose logits are x."""
         kernels = self.kernels
-        call, saved = fused(gradient_call, x.device)(rows, self.job.layout.place, saved, e, factors)
+        call, saved = gradient_call(rows, self.job.layout.place, saved, e, factors)
         if x.shape[1] == 0:
             pass
         elif kernels is None:

@@ -19,7 +19,7 @@ from .autograd import called_rows, graph_is_kept, row_arguments
 from .backends import BACKENDS
 from .functional import denominator
 from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall
-from .ranks import Agreement, Exchange, check_together, fused, group_named, refuse_graph, told
+from .ranks import Agreement, Exchange, check_together, group_named, refuse_graph, told
 from .reference import RowStats
 from .shards import Place, Whole, find, gradient_call, plain_gradient, plain_target_gradient
 from .spec import LossSpec, Rows, accumulate_dtype
@@ -208,7 +208,7 @@ class ShardedRows(torch.autograd.Function):
         logits, target, weight, prior, known, e, place = ctx.saved_tensors
         spec, kernels = ctx.spec, ctx.kernels
         rows = Rows(spec, logits, target, weight, prior, 0.0, None)
-        call, saved = fused(gradient_call, logits.device)(rows, Place(*place.unbind()), known, e, upstream)
+        call, saved = gradient_call(rows, Place(*place.unbind()), known, e, upstream)
         grad = target_grad = None
         if ctx.needs_input_grad[1]:
             target_grad = _target_gradient(kernels, logits, call, saved, spec)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import weakref
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._triton import has_triton
 
+from .fusing import fused, fuses
 from .shards import Found, Layout, Whole, merge, packed
 from .spec import ArgumentError, Rows, check_index_targets
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 _HEADER = 2048  # bytes that a rank tells before a call
 _KEPT = 256
 _ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
@@ -131,24 +125,10 @@ class told:  # noqa: N801  # with told(group, input):
 
 def check_together(rows: Rows, layout: Layout) -> None:
     """What needs the classes of all ranks, and fails on all of them alike."""
-    if rows.spec.smoothing == "others" and layout.num_classes == 1 and rows.spec.smooths:
+    if rows.spec.others and layout.num_classes == 1 and rows.spec.smooths:
         raise ArgumentError("smoothing='others' needs at least 2 classes, got 1: there is no other to smooth over")
     if rows.logits.device.type == "cpu" and rows.index_target:
         check_index_targets(rows.target, layout.num_classes, rows.spec.ignore_index)
-
-
-def fuses(device: torch.device) -> bool:
-    """Whether small operations take longer to start there than to run, and torch.compile can make few of many."""
-    return not torch.compiler.is_compiling() and device.type == "cuda" and has_triton()
-
-
-def fused(function: Callable[_P, _T], device: torch.device) -> Callable[_P, _T]:
-    return _compiled(function) if fuses(device) else function
-
-
-@functools.cache
-def _compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    return torch.compile(function, dynamic=True)
 
 
 class Exchange:

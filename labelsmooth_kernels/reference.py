@@ -185,7 +185,7 @@ def smoothing_weight(rows: Rows, n: Tensor | int) -> Tensor | float:
     spec = rows.spec
     eps = rows.eps.reshape(-1, 1) if isinstance(rows.eps, Tensor) else rows.eps
     e = uniform_epsilon(eps, n, spec.smoothing)
-    if isinstance(n, Tensor) and isinstance(e, Tensor) and spec.smoothing == "others":
+    if isinstance(n, Tensor) and isinstance(e, Tensor) and spec.others:
         return torch.where(n > 1, e, 0.0)  # a row with one finite class has no others to smooth over
     return e
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import row_arguments
+from .fusing import fused
 from .reference import RowStats
 from .spec import LossSpec, Rows, accumulate_dtype
 
@@ -325,7 +326,7 @@ def _eps(rows: Rows, n: Tensor) -> Tensor:
     """e of the uniform form (N,)."""
     eps = rows.eps if rows.spec.smooths else 0.0
     e = eps.to(n.dtype).expand_as(n) if isinstance(eps, Tensor) else torch.full_like(n, eps)
-    if not isinstance(rows.spec.smoothing, str) or rows.spec.smoothing != "others":
+    if not rows.spec.others:
         return e
     return torch.where(n > 1, e * n / (n - 1), 0.0)
 
@@ -333,6 +334,18 @@ def _eps(rows: Rows, n: Tensor) -> Tensor:
 def gradient_call(rows: Rows, place: Place, saved: Tensor, e: Tensor, factors: Tensor) -> tuple[RowCall, Tensor]:
     """(the call, saved) with which ``backward`` makes the gradient of Σ factor·loss in this rank's columns, from
     ``saved`` and ``e`` of the :class:`Whole`; ``rows.eps`` is not looked at."""
+    found = fused(_gradient_numbers, e.device)(rows, place, saved, e, factors)
+    target, e, factors, saved = found
+    alone = _alone(rows, target if rows.index_target else target.new_empty(0, dtype=torch.int64))
+    call = row_arguments(alone._replace(target=target, eps=e), factors)
+    call = call._replace(z_loss=rows.spec.z_loss, confidence_penalty=rows.spec.confidence_penalty)
+    return call, saved
+
+
+def _gradient_numbers(
+    rows: Rows, place: Place, saved: Tensor, e: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(target, ε, factors, saved) of the call, in the dtype of the arithmetic."""
     acc, target = accumulate_dtype(rows.logits.dtype), rows.target
     zmax, logsum, mass, n = saved
     if rows.index_target:
@@ -341,10 +354,8 @@ def gradient_call(rows: Rows, place: Place, saved: Tensor, e: Tensor, factors: T
         e = torch.where(here, e, 1.0)
         known = (rows.target >= 0) & (rows.target < place.num_classes)
         factors = torch.where(known | ~rows.valid, factors, math.nan)
-    alone = _alone(rows, torch.zeros_like(e, dtype=torch.int64))._replace(target=target, eps=e.to(acc).contiguous())
-    call = row_arguments(alone, factors.to(acc).contiguous())
-    call = call._replace(z_loss=rows.spec.z_loss, confidence_penalty=rows.spec.confidence_penalty)
-    return call, torch.stack((zmax, logsum, mass, n)).to(acc)
+    numbers = torch.stack((zmax, logsum, mass, n)).to(acc)
+    return target, e.to(acc).contiguous(), factors.to(acc).contiguous(), numbers
 
 
 def plain_gradient(logits: Tensor, call: RowCall, saved: Tensor, spec: LossSpec) -> Tensor:

@@ -140,6 +140,11 @@ class LossSpec:
         return isinstance(self.label_smoothing, Tensor) or self.label_smoothing != 0.0
 
     @property
+    def others(self) -> bool:
+        """Whether ε goes to the other classes alone."""
+        return isinstance(self.smoothing, str) and self.smoothing == "others"  # no graph compares a tensor with it
+
+    @property
     def n_stats(self) -> int:
         """How many floating-point statistics of a row are asked of a kernel."""
         if isinstance(self.return_stats, str):
