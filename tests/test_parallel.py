@@ -339,6 +339,14 @@ def _global_mean(rank: int) -> None:
         dist.all_reduce(part.grad)
         torch.testing.assert_close(part.grad, leaf.grad)
         assert int(count) == 6
+    batch, target = hidden.reshape(3, 4, D), y.reshape(3, 4)  # along the sequence, as under context parallelism
+    for cut in (2, 1):
+        mine = slice(0, cut) if rank == 0 else slice(cut, None)
+        part = head.clone().requires_grad_()
+        options: dict[str, Any] = {"label_smoothing": EPS, "normalizer": parallel.token_count(target[:, mine])}
+        lsk.linear_cross_entropy(batch[:, mine], part, target[:, mine], **options).backward()
+        dist.all_reduce(part.grad)
+        torch.testing.assert_close(part.grad, leaf.grad)
 
 
 def _bits(rank: int) -> None:
