@@ -137,16 +137,8 @@ def linear_cross_entropy(
     )
     head = Head(dtype, grad_reduce, chunk_rows or 0, grad_accumulation == "float32", wanted)
     where = Where.of(rows, shape, group, num_classes, chosen.name)
-    loss, w_y, stats, prediction = ShardedLinear.apply(  # type: ignore[no-untyped-call]
-        flat,
-        linear_weight,
-        linear_bias,
-        *row_tensors(rows, where),
-        indices,
-        *row_constants(rows, where),
-        head,
-        one_pass,
-    )
+    given = (*row_tensors(rows, where), indices, *row_constants(rows, where), head, one_pass)
+    loss, w_y, stats, prediction = ShardedLinear.apply(flat, linear_weight, linear_bias, *given)  # type: ignore[no-untyped-call]
     if one_pass:
         return shaped(loss, stats_of(spec, stats, prediction), shape, spec)
     return _result(loss, w_y, stats_of(spec, stats, prediction), rows, shape)
@@ -195,6 +187,7 @@ def token_count(target: Tensor, group: Any = None, ignore_index: int = -100) -> 
 
 
 def _check(function: str, options: dict[str, Any], tensors: dict[str, object]) -> None:
+    """Raise for an option that the loss does not have, and for what is no rank's part but a DTensor."""
     for name in options:
         if name not in LossSpec.__slots__:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -210,6 +210,15 @@ def _factors(rows: Rows, layout: Layout, group: Any) -> Tensor:
     return ones if scale is None else ones * scale
 
 
+def _heaviest(weight: Tensor | None, group: Any) -> Tensor | float:
+    """The largest class weight of all ranks: one number, as the sums over the ranks are divided by one factor."""
+    if weight is None:
+        return 1.0
+    most = torch.cat((weight.abs(), weight.new_zeros(1))).amax()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return most
+
+
 # ---- operators: as in parallel_rows, with the gradients that a mean or a sum makes in the forward
 
 
@@ -270,14 +279,13 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *argument
 
 def _backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """From the logits made anew, without a further message about them; ``row_scale`` is the upstream gradient."""
-    call, (indices, saved, e, starts, name, backend, *given) = (
-        RowCall(*arguments[:ROW_ARGUMENTS]),
-        arguments[ROW_ARGUMENTS:],
-    )
+    call = RowCall(*arguments[:ROW_ARGUMENTS])
+    indices, saved, e, starts, name, backend, *given = arguments[ROW_ARGUMENTS:]
     head, group, upstream, factor = Head(*given), group_named(name), call.row_scale, None
     assert upstream is not None
     if head.dtype == torch.float16:
-        upstream, factor = in_range(upstream, call.logit_scale)
+        _, factor = in_range(upstream * _heaviest(call.weight, group), call.logit_scale)
+        upstream = upstream * factor
     layout = Layout(dist.get_rank(group), tuple(starts.tolist()))
     stand_in = hidden.new_empty(1, dtype=head.dtype).expand(saved.shape[1], len(weight))
     rows = called_rows(stand_in, call._replace(row_scale=None), 0)

@@ -216,6 +216,24 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
                 same_as_one(f"{name}, {reduce}", got, want, grads, of_mine, dtype)
 
 
+def _heavy(rank: int, cuts: tuple[int, ...]) -> None:
+    """fp16 with class weights of which float16 cannot hold products, the largest on one rank: one factor for all."""
+    _, y, hidden, head = draw(cuts[-1], torch.float16)
+    part, weight = slice(cuts[rank], cuts[rank + 1]), torch.linspace(1e5, 1, cuts[-1])
+    upstream, given = torch.linspace(-1, 2, N) * 1e-6, {"label_smoothing": EPS, "reduction": "none"}
+    full = [t.double().requires_grad_() for t in (hidden, head)]
+    loss = lsk.linear_cross_entropy(*full, y, weight=weight.double(), **given)
+    want = torch.autograd.grad(loss, full, upstream.double())
+    leaves = [t.clone().requires_grad_() for t in (hidden, head[part])]
+    got = parallel.linear_cross_entropy(*leaves, y, weight=weight[part], chunk_rows=5, **given)
+    for mine, wanted in zip(torch.autograd.grad(got, leaves, upstream.to(got)), (want[0], want[1][part]), strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=4e-3, atol=1e-3 * float(want[0].abs().max()))
+
+
+def test_heavy_classes_in_half_precision(tmp_path: Path) -> None:
+    spawn(_heavy, 3, tmp_path, CUTS["empty between"])
+
+
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_logits(cuts: tuple[int, ...], tmp_path: Path) -> None:
     spawn(_logits, len(cuts) - 1, tmp_path, cuts, None)

@@ -81,7 +81,7 @@ def _sizes(rank: int) -> None:
     for n, eps in ((12, 0.1), (7, 0.2), (3, 0.05)):
         want = lsk.cross_entropy(x[:n], y[:n], label_smoothing=eps)
         torch.testing.assert_close(run(x[:n, part].clone(), y[:n].clone(), torch.tensor(eps)), want)
-    assert counter.frame_count <= 2  # torch 2.11 takes two
+    assert counter.frame_count == (1 if torch.__version__ >= (2, 13) else 2)  # torch 2.11 takes two
     model = nn.Linear(D, D)
     loss = compiled(
         lambda h: parallel.linear_cross_entropy(model(h), head[part], y, label_smoothing=EPS), backend="inductor"
