@@ -116,7 +116,12 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("run", help="measure, and add the figures to a file")
     one.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    one.add_argument("--cases", default="full", choices=["full", "smoke", "peers"], help="smoke: small, shows it runs")
+    one.add_argument(
+        "--cases",
+        default="full",
+        choices=["full", "smoke", "peers", "first"],
+        help="smoke: small, shows it runs; first: see first.py",
+    )
     one.add_argument("--group", nargs="+", metavar="G", help="only these, such as logits or 'growth in K'")
     one.add_argument("--minutes", type=minutes, default=9.5, help="for all of it, about; default: %(default)s")
     one.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")

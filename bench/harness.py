@@ -128,6 +128,15 @@ class Task(Protocol):
     def limits(self, case: Case, provider: Provider) -> dict[str, float]: ...
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A case, the task that it is given to, and its share of a run's time beside the others'."""
+
+    task: Task
+    case: Case
+    share: float = 1.0
+
+
 @dataclass
 class Row:
     """One provider of one case; times in ms. What was not measured is None."""

@@ -67,6 +67,7 @@ class Linear:
     """``own``: only our own variants, whose small differences need many rounds and no large neighbours.
 
     ``with_chunks``: PyTorch's chunks take time by K alone: on two CPU cores 19 seconds at K = 128,256 for any N.
+    ``chunk_rows``: the sizes of our chunks that a GPU is also given, beside the one we choose.
     """
 
     with_peers: bool = True
@@ -74,6 +75,8 @@ class Linear:
     with_chunks: bool = True
     interpreted: bool = False
     own: bool = False
+    chunk_rows: tuple[int, ...] = (1024, 4096, 8192)
+    tiled: bool = True
     baseline: str = OURS
 
     def inputs(self, case: Case, seed: int) -> Inputs:
@@ -93,8 +96,9 @@ class Linear:
             return own
         result = [*own[:1], losing(UNFUSED, unfused, case, exact=True), losing(EAGER, eager, case)]
         if case.device == "cuda":
-            result += [losing(f"ours, chunks of {m}", ours(chunk_rows=m), case, exact=True) for m in (1024, 4096, 8192)]
-            result.append(losing(TILED, ours(method="tiled"), case, exact=True))
+            result += [losing(f"ours, chunks of {m}", ours(chunk_rows=m), case, exact=True) for m in self.chunk_rows]
+            if self.tiled:
+                result.append(losing(TILED, ours(method="tiled"), case, exact=True))
         if self.with_chunks and hasattr(F, "linear_cross_entropy"):
             result.append(losing(CHUNKED, chunked, case, **peers.CANNOT_SMOOTH))
         if self.with_compile:

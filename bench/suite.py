@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from .harness import Case, Task
+from . import first
+from .harness import Case, Entry
 from .linear import Linear
 from .logits import Logits
 from .options import Layout, Options
 from .training import TEMPERED, Distillation, Tempered, TrainingStep
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Entry:
-    task: Task
-    case: Case
-    share: float = 1.0  # of the time, beside the others'
 
 
 SMOOTHED = ((1024, F32), (2048, BF16))  # a round of three takes two seconds
@@ -123,4 +115,4 @@ def peers(device: str) -> list[Entry]:
 def entries(device: str, which: str) -> list[Entry]:
     if which == "full":
         return cuda() if device == "cuda" else cpu()
-    return {"smoke": smoke, "peers": peers}[which](device)
+    return {"smoke": smoke, "peers": peers, "first": first.entries}[which](device)
