@@ -11,7 +11,7 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo study test lint aot cuda sanitize bench report gpu doctor clean
+.PHONY: demo study test lint aot cuda sanitize bench report kit gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
@@ -70,7 +70,18 @@ cuda: .venv-cuda/deps
 	.venv-cuda/bin/python -m pip install --quiet torch==2.11.0 numpy "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-# On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network.
+# What a GPU machine without network is spared, made where there is no GPU (15 minutes): see bench/kit.py.
+KIT_PYTHON ?= python3.12
+kit: .venv-kit/deps
+	CUDA_HOME=$(CUDA_HOME) .venv-kit/bin/python -m bench.kit make $(KIT)
+
+# The torch, Triton and Python of the machine that the kit is for.
+.venv-kit/deps: Makefile
+	$(KIT_PYTHON) -m venv .venv-kit
+	.venv-kit/bin/python -m pip install --quiet torch==2.11.0 numpy "setuptools>=77" wheel ninja pybind11 matplotlib
+	touch $@
+
+# On a machine with an NVIDIA GPU, with that machine's own Python, torch and Triton, and no network: 7½ minutes.
 gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)/gpu $(RUN)
 

@@ -20,7 +20,7 @@ import labelsmooth_kernels as lsk
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 ROOT = Path(__file__).parent.parent
 from bench import __main__ as main  # noqa: E402
-from bench import aims, gpu, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
+from bench import aims, harness, inputs, linear, logits, peers, report, results, suite, training  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 SMALL = harness.Case("logits", 24, 500, dtype=F32)
@@ -322,14 +322,6 @@ def test_a_wrong_or_slow_kernel_of_ours_fails_the_smoke_run(capsys: pytest.Captu
     assert "REFUSED logits, a, ours, in place: the loss is off by 1" in capsys.readouterr().err
 
 
-def test_what_another_tree_has_passed_is_forgotten() -> None:
-    state = {"commit": "a", "tests": "ok", "bench": "ok"}
-    assert gpu.known(state, "a") == state
-    assert gpu.known(state, "b") == {"commit": "b"}
-    assert gpu.known({"commit": None, "tests": "ok"}, None) == {"commit": None}
-    assert gpu.known(state | {"commit": "a+changes"}, "a+changes") == {"commit": "a+changes"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -364,33 +356,3 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.unlink()
     monkeypatch.setattr(main, "LATE_S", 1e9)
     assert main.main() == main.INCOMPLETE
-
-
-def test_the_stages_of_a_gpu_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its outcome; one that does not end is cut; what was done is not done again."""
-    begun = tmp_path / "begun"
-    endings = {
-        "build": "",
-        "tests": "sys.exit(1)",
-        "sanitizers": "time.sleep(600)",
-        "bench": f"sys.exit({main.INCOMPLETE})",
-    }
-    code = "import sys, time; print(NAME, file=open(PATH, 'a')); print('said', NAME); "
-    scripts = {
-        name: [sys.executable, "-c", code.replace("NAME", repr(name)).replace("PATH", repr(str(begun))) + ending]
-        for name, ending in endings.items()
-    }
-    monkeypatch.setattr(gpu, "commands", lambda arguments, out: scripts)
-    out = tmp_path / "out"
-    command = ["bench.gpu", "--device", "cpu", "--commit", "abc", "--minutes", "0.1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
-    assert gpu.main() == 1
-    state = json.loads((out / "state.json").read_text())
-    assert state.pop("commit") == "abc"
-    assert state["build"] == "ok"
-    assert state["tests"] == "failed with exit code 1"
-    assert state["sanitizers"].startswith("cut after 5 s")
-    assert state["bench"].startswith("incomplete")
-    assert gpu.main() == 1
-    assert begun.read_text().split() == [*endings, *list(endings)[1:]]
-    assert (out / "run.log").read_text().count("said build") == 1
