@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from .training import recompilations
 # the system's search for huge pages, when others are at work, is slower than any kernel.
 REGRESSION = 4.5
 INCOMPLETE = 3  # the exit code where time ran out
+BUSY = 0.5  # processes at work beside a run on a CPU, and for each core beside one on a GPU, spoil its times
 LATE_S = 1.0  # less than this is left to no case
 
 
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{aims.table(found)}")
     if left_out:
         print("\nNo time was left for:\n" + "\n".join(left_out))
-    if facts["load average"] > 0.5:
+    if facts["load average"] > BUSY * ((os.cpu_count() or 1) if arguments.device == "cuda" else 1):
         print(f"\nLoad average {facts['load average']}: others were at work, so these times are not to be quoted.")
     print(f"\nadded to {arguments.out}")
     return verdict(records, arguments.cases) or (INCOMPLETE if left_out else 0)

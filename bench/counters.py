@@ -57,11 +57,9 @@ def launches(device: str) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """(name, logits, call) of calls that launch one kernel each."""
     for n, k, dtype in SHAPES if device == "cuda" else ((4, 100, torch.float32),):
         x = torch.randn(n, k, device=device).mul_(2).to(dtype)
-        copy = torch.empty_like(x)
         y = torch.randint(k, (n,), device=device)
         scale = torch.full((1,), 1 / n, device=device)
         shape = f"{n} × {k:,}, {SHORT[dtype]}"
-        yield f"copy, {shape}", n * k, lambda a=copy, b=x: a.copy_(b)
         for name in ("triton", "cuda") if device == "cuda" else ("cpu",):
             if backends.BACKENDS[name].unavailable() is not None:
                 continue

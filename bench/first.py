@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((8192, 128256), (8192, 32000), (32768, 32000), (4096, 50257), (8192, 4096), (16, 128256))
-HEADS = (4096, 8192)  # rows; K = 128,256, D = 4,096
+HEADS = (4096, 8192, 16384)  # rows; K = 128,256, D = 4,096
 
 # (n, k, dtype): ms on an H100 and on an H200, of the Triton kernels and of the CUDA C++ kernels.
 PREDICTED = {

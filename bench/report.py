@@ -52,6 +52,9 @@ def error_cell(record: Record) -> str:
 
 def of_case(records: list[Record]) -> Table:
     """Everything of one case; a refused provider keeps its row."""
+    if records[0]["group"] == "counters":
+        rows = [[name, number(value)] for r in records for name, value in r["sizes"].items()]
+        return Table(f"counters: {records[0]['case']}", ["", records[0]["provider"]], rows)
     header = ["", "ms", "p20 to p80", "host ms", "GB/s", "TFLOP/s", "% of ceiling", "× baseline", "MB beyond inputs"]
     header += [f"error: {' / '.join(next((r['errors'] for r in records if 'errors' in r), {}))}"]
     if all("count" in r or "refused" in r for r in records):
@@ -62,6 +65,9 @@ def of_case(records: list[Record]) -> Table:
         name = r["provider"] + (f" ({r['note']})" if "note" in r else "")
         if "refused" in r:
             rows.append([name, "—", r["refused"], *[""] * 6, error_cell(r)])
+            continue
+        if "ms" not in r:  # held against float64, not timed
+            rows.append([name, *[""] * 8, error_cell(r)])
             continue
         cells = [name, number(r["ms"]), f"{number(r['p20'])} to {number(r['p80'])}", number(r["host_ms"])]
         cells += [number(r.get(k)) for k in ("gb_per_s", "tflop_per_s", "percent_of_ceiling", "ratio")]

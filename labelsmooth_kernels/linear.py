@@ -123,7 +123,9 @@ def linear_cross_entropy(
         weight: (K,) class weights.
         ignore_index: as in ``cross_entropy``; None is -100.
         chunk_rows: rows of input whose logits exist at a time; None: 384 on a CPU and 2048 on a GPU, fewer where a
-            chunk would exceed 1 GiB. LABELSMOOTH_DEBUG=1 in the environment prints what was chosen.
+            chunk would exceed 1 GiB; on a GPU all of them where whole logits are smaller than a chunk and the float32
+            sum of the gradient of ``linear_weight``, up to 2048 + 2·D rows in half precision. LABELSMOOTH_DEBUG=1 in
+            the environment prints what was chosen.
         grad_accumulation: how half-precision gradients of ``linear_weight`` are summed over chunks: in ``"float32"``
             or in the dtype of the ``"input"``, which saves that accumulator.
         skip_ignored: leave ignored rows out of the GEMMs, which looks at the targets (a synchronisation on a GPU).

@@ -67,6 +67,10 @@ def test_the_plan_of_chunks(capfd: pytest.CaptureFixture[str], monkeypatch: pyte
     assert rows_per_chunk(600, 4 * 32000, "cpu") == 304, "two even chunks, not 384 and 216"
     assert rows_per_chunk(2048, 4 * 32000, "cpu", 100) == 100
     assert rows_per_chunk(8192, 2 * 128256, "cuda") == 2048
+    sum_bytes = 4 * 4096 * 128256  # of d_weight; whole logits are smaller than it and a chunk up to 2048 + 2·D rows
+    assert rows_per_chunk(2048 + 8192, 2 * 128256, "cuda", sum_bytes=sum_bytes) == 2048 + 8192
+    assert rows_per_chunk(2049 + 8192, 2 * 128256, "cuda", sum_bytes=sum_bytes) <= 2048
+    assert rows_per_chunk(8192, 2 * 128256, "cuda", 1024, sum_bytes) == 1024
     assert rows_per_chunk(0, 4, "cpu") == 1
     monkeypatch.setenv("LABELSMOOTH_DEBUG", "1")
     hidden, weight, _, y = operands(9, 8, 30, ("cpu", "cpu"))

@@ -19,7 +19,7 @@ struct Device {
   int multiprocessors = 1;
   int threads = 256;             // of a block
   int few_threads = 128;         // of a block whose warps take a row each
-  int64_t warp_bytes = 4096;     // of such a row: 8 accesses of 16 bytes by each thread
+  int64_t warp_bytes = 1 << 14;  // of such a row: 32 accesses of 16 bytes by each thread
   int64_t part_bytes = 1 << 16;  // of a row in a block's shared memory, which three blocks should share; see room()
   int max_cluster = 8;           // the largest on every GPU that has clusters
   int64_t unit_bytes = 1 << 15;  // that a block takes of a row where rows are cut: 8 accesses by each thread
