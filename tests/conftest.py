@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreting
 from cuda_shim import build
 
 from labelsmooth_kernels import backends
@@ -39,6 +40,7 @@ def _load_cuda_shim() -> str | None:
 
 
 if not HAS_CUDA:
+    interpreting.quicken()
     backends.BACKENDS["cuda"] = dataclasses.replace(
         backends.BACKENDS["cuda"], devices=("cuda", "cpu"), load=_load_cuda_shim
     )
