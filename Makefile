@@ -11,7 +11,7 @@ TORCH := $(if $(GPU),torch,torch triton)
 # The profiler, which measures memory, otherwise writes its starts and stops between the lines of the tables.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: demo study test lint aot cuda sanitize bench report kit gpu doctor clean
+.PHONY: demo study test quick test-all minutes lint aot cuda sanitize bench report kit gpu doctor clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py --out $(OUT)/demo $(DEMO)
@@ -21,10 +21,21 @@ study: .venv/built
 	$(BIN)/python examples/studies/digits.py --quick --out $(OUT)/study $(STUDY)
 	$(BIN)/python examples/studies/text.py --quick --out $(OUT)/study $(STUDY)
 
-test: .venv/built
+# One process for each core. `test` thins what is emulated (tests/covering.py), `test-all` runs whole products, `quick` is
+# for the loop of edit and run: the reference and the compiled CPU kernels, nothing emulated, no processes, no compilers.
+SUITE = $(BIN)/python -m pytest tests -n auto --dist worksteal --junitxml=$(OUT)/$@.xml
+test test-all: .venv/built
 	$(BIN)/python -m labelsmooth_kernels
 	$(if $(filter off,$(BUILD)),,$(BIN)/python tests/cuda_shim/build.py)
-	$(BIN)/python -m pytest tests $(PYTEST)
+	$(SUITE) $(if $(filter test-all,$@),--whole) $(PYTEST)
+
+quick: .venv/built
+	$(SUITE) --quick -q $(PYTEST)
+
+# Minutes per file of the last `make test`, and how much of the whole products it covers.
+minutes: .venv/built
+	$(BIN)/python tests/measure.py minutes $(OUT)/test.xml
+	$(BIN)/python tests/measure.py pairs
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -92,7 +103,7 @@ doctor: .venv/built
 	$(PYTHON) -m venv .venv
 	grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH) setuptools wheel ninja pybind11 build
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark hypothesis ruff mypy clang-format matplotlib tqdm torchmetrics scikit-learn sacrebleu
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark pytest-xdist hypothesis ruff mypy clang-format matplotlib tqdm torchmetrics scikit-learn sacrebleu
 	touch $@
 
 .venv/mode-$(BUILD): .venv/deps

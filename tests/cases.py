@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,10 +38,31 @@ class Case:
         target = target.to(device, acc) if target.is_floating_point() else target.to(device)
         return Problem(x.to(dtype).to(device), target, placed)
 
+    @functools.cache  # noqa: B019  # a case lives as long as the table
     def features(self) -> frozenset[str]:
         """What a backend needs to serve it."""
         problem = self.problem()
         return lsk.LossSpec(**problem.options).features(index_target=not problem.target.is_floating_point())
+
+    @functools.cache  # noqa: B019
+    def traits(self) -> frozenset[str]:
+        """What sets its rows apart, for a design to cover: its options and their kinds, and what its logits hold."""
+        x, target, options = self.problem()
+        kinds = {name: v if isinstance(v, str) else kind_of(v) for name, v in options.items()}
+        found = {f"{name}={kind}" for name, kind in kinds.items()} | self.features()
+        held = {"-inf": x == -torch.inf, "inf": x == torch.inf, "nan": x.isnan()}
+        found |= {f"holds {name}" for name, there in held.items() if there.any()}
+        if not target.is_floating_point() and (target == options.get("ignore_index", -100)).any():
+            found.add("ignored rows")
+        k = x.shape[1]
+        return frozenset(found | {"large" if self.large else "some tiles" if k > 1024 else "one tile"})
+
+
+def kind_of(value: object) -> str:
+    """Tensors by their number of values, numbers by their sign."""
+    if isinstance(value, Tensor):
+        return "one value" if value.numel() == 1 else "values"
+    return "negative" if isinstance(value, (int, float)) and value < 0 else "positive"
 
 
 def normal(n: int, k: int, spread: float = 3.0, shift: float = 0.0, ignored: int = 0, **options: Any) -> Build:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import covering
 import pytest
 import torch
 
@@ -19,12 +23,14 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreting
 from cuda_shim import build
 
 from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
 EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
+GROUPS: pytest.StashKey[list[covering.Group]] = pytest.StashKey()
 
 
 def _load_cuda_shim() -> str | None:
@@ -34,15 +40,75 @@ def _load_cuda_shim() -> str | None:
 
 
 if not HAS_CUDA:
+    interpreting.quicken()
     backends.BACKENDS["cuda"] = dataclasses.replace(
         backends.BACKENDS["cuda"], devices=("cuda", "cpu"), load=_load_cuda_shim
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("labelsmooth_kernels", "how much of the suite runs; see tests/covering.py")
+    group.addoption("--whole", action="store_true", help="run every row of every product, in the emulations too")
+    group.addoption("--quick", action="store_true", help="run neither the emulations nor what is marked slow")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Expected here: NaN arithmetic in the interpreter, and calls that fall to the reference."""
+    """Set the mode, and expect NaN arithmetic in the interpreter and calls that fall to the reference."""
+    covering.Mode.whole, covering.Mode.quick = config.getoption("--whole"), config.getoption("--quick")
+    for marker in (
+        "claims(function): what a row of this test's product is there for, made of its parameters",
+        "emulated: every row of this test runs in an emulation, although no parameter says so",
+        "slow: left out by --quick",
+    ):
+        config.addinivalue_line("markers", marker)
     for warning in ("ignore::RuntimeWarning:triton", "ignore:labelsmooth_kernels. served by the plain:UserWarning"):
         config.addinivalue_line("filterwarnings", warning)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # one process per core; tests of threads ask for more themselves
+
+
+def is_emulated(item: pytest.Item) -> bool:
+    """Whether a place or a backend among the parameters is emulated on this machine."""
+    if HAS_CUDA:
+        return False
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    slow = (*EMULATED, *(name for name, _ in EMULATED))
+    return item.get_closest_marker("emulated") is not None or any(
+        isinstance(v, (str, tuple)) and v in slow for v in values
+    )
+
+
+def claims_of(item: pytest.Item) -> covering.Claims:
+    if marker := item.get_closest_marker("claims"):
+        return frozenset(marker.args[0](**item.callspec.params))
+    return covering.pairs(item.callspec.indices) if hasattr(item, "callspec") else frozenset([item.name])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rows that the mode leaves out."""
+    config.stash[GROUPS] = []
+    products: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if is_emulated(item):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = {item for item in items if covering.Mode.quick and item.get_closest_marker("slow")}
+    for name, rows in products.items():
+        kept = rows if covering.Mode.whole else [] if covering.Mode.quick else covering.cover(rows, claims_of)
+        config.stash[GROUPS].append(covering.Group(name, [claims_of(r) for r in rows], [claims_of(r) for r in kept]))
+        dropped |= set(rows) - set(kept)
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the one command that reruns each test that failed."""
+    failed = [report for outcome in ("failed", "error") for report in terminalreporter.stats.get(outcome, ())]
+    python = Path(sys.executable)
+    python = python.relative_to(config.rootpath) if python.is_relative_to(config.rootpath) else python
+    for nodeid in dict.fromkeys(report.nodeid for report in failed):
+        whole = " --whole" if covering.Mode.whole else ""
+        terminalreporter.write_line(f"rerun: {python} -m pytest {shlex.quote(nodeid)}{whole}")
 
 
 def places() -> list[tuple[str, str]]:
@@ -55,6 +121,8 @@ def places() -> list[tuple[str, str]]:
 
 def skip_unless_available(name: str) -> None:
     """Skip with the backend's own reason where it does not work on this machine."""
+    if covering.Mode.quick and not HAS_CUDA and (name, "cpu") in EMULATED:
+        pytest.skip(f"backend {name}: --quick leaves out what is emulated")
     reason = backends.BACKENDS[name].unavailable()
     if reason:
         pytest.skip(f"backend {name}: {reason}")
@@ -72,6 +140,17 @@ def fast_place(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A place with kernels of its own: everything but the reference."""
     skip_unless_available(request.param[0])
     return request.param
+
+
+@pytest.fixture
+def served(place: tuple[str, str]) -> tuple[str, str]:
+    """A place that serves distillation."""
+    if reason := backends.BACKENDS[place[0]].unavailable():
+        pytest.skip(f"backend {place[0]}: {reason}")
+    features = backends.BACKENDS[place[0]].features
+    if features is not None and "distillation" not in features:
+        pytest.skip(f"{place[0]} does not serve distillation")
+    return place
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import draw, loss_and_grad
 from conftest import skip_unless_available
-from test_drop_in import K, X, Y, arguments
+from drop_in import K, X, Y, arguments
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends, doctor, modules

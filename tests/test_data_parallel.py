@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from sharded import needs_gloo
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "data_parallel.py"
 EPS, PADDING = 0.1, -100
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no torch.distributed with gloo"
-)
 
 
 @pytest.fixture(scope="module")

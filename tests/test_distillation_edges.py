@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from test_distillation import K, draw, oracle, served
+from distilled import K, draw, oracle
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels.distillation import distillation_loss
 
 if TYPE_CHECKING:
     from cases import Place
-
-__all__ = ["served"]  # a fixture
 
 
 def test_masked_classes_and_sure_teachers(served: Place) -> None:

@@ -10,28 +10,13 @@ import torch
 import torch.nn.functional as F
 from cases import Place, loss_and_grad
 from conftest import EMULATED
+from drop_in import K, X, Y, arguments
 from torch import Tensor, nn
 
 import labelsmooth_kernels as lsk
 
-K = 7
 SHAPES = [(K,), (5, K), (1, K), (0, K), (3, K, 4), (2, K, 3, 2), (2, K, 0), (0, K, 3)]
 REDUCTIONS = ["mean", "sum", "none"]
-
-
-def arguments(shape: tuple[int, ...], kind: str, device: str) -> tuple[Tensor, Tensor]:
-    """Logits of a shape whose class dimension holds K, and targets: indices with some ignored, or probabilities."""
-    rng = torch.Generator().manual_seed(len(shape))
-    x = torch.randn(shape, generator=rng) * 3
-    if kind == "probabilities":
-        target = torch.softmax(torch.randn(shape, generator=rng), 0 if len(shape) == 1 else 1)
-    else:
-        target = torch.randint(K, [s for i, s in enumerate(shape) if i != min(1, len(shape) - 1)], generator=rng)
-        if kind == "some ignored" and target.dim():
-            target.flatten()[::3] = -100
-        if kind == "all ignored":
-            target.fill_(-100)
-    return x.to(device), target.to(device)
 
 
 def compare(place: Place, x: Tensor, target: Tensor, class_dim: int = 1, **options: Any) -> None:
@@ -87,7 +72,6 @@ def test_same_as_the_module(options: dict[str, Any]) -> None:
         lsk.CrossEntropyLoss(smooting=0.1)
 
 
-X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {  # what the message of ours must say
     "rows": ((X, Y[:3]), {}, r"target must have shape \(4,\) .*got \(3,\)"),
     "3-d rows": ((torch.zeros(4, 5, 3), Y[:, None]), {}, r"target must have shape \(4, 3\).*\(4, 1\)"),

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_data_parallel import needs_gloo
-from test_parallel import EPS, D, N, draw, options, spawn
+from sharded import EPS, D, N, draw, needs_gloo, options, spawn
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard

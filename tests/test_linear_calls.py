@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from test_linear import EPS, operands
+from heads import EPS, operands
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends

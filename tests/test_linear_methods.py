@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import HAS_CUDA, skip_unless_available
-from test_linear import EPS, grads_of, operands
-from test_transforms import compiled, compiler
+from heads import EPS, grads_of, operands
 from torch import Tensor
+from tracing import compiled, compiler
 
 import labelsmooth_kernels as lsk
 

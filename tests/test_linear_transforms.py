@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import EMULATED, skip_unless_available
-from test_autograd import allocated
-from test_data_parallel import needs_gloo
-from test_linear import EPS, grads_of, operands
-from test_transforms import Trap, compiled, compiler
+from heads import EPS, grads_of, operands
+from sharded import needs_gloo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from tracing import Trap, allocated, compiled, compiler
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import chunked, spec

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from cases import CASES, Case, run_case
-from test_options import check_r33
-from test_regressions import check_r20, check_r27, check_r28
-from twin import Twin
+from failures import check_r20, check_r27, check_r28, check_r33
+from twin import BUGS, plant
 
-from labelsmooth_kernels import backends, reference
-from labelsmooth_kernels.spec import FLOAT_DTYPES
+from labelsmooth_kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,33 +36,20 @@ CHECKS: dict[str, list[Callable[[], None]]] = {
 }
 
 
-@pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Register the twin with a bug as the backend "twin"."""
-
-    def register(bug: str) -> None:
-        kernels = Twin(bug).kernels()
-        made = backends.Backend("twin", "", ("cpu",), FLOAT_DTYPES, backends.EVERY_OPTION, lambda: None, kernels)
-        monkeypatch.setitem(backends.BACKENDS, "twin", made)
-        backends._choose.cache_clear()
-
-    return register
-
-
 @pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda c: c.name)
-def test_the_sound_twin_passes_the_table(plant: Callable[[str], None], case: Case) -> None:
+def test_the_sound_twin_passes_the_table(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """So that what a planted bug changes is the bug; and the contract of the operators is written down twice."""
-    plant("")
+    plant(monkeypatch, "")
     for direction in ("forward", "rows", "mean"):
         run_case(case.problem(torch.float32), "twin", direction)
 
 
-@pytest.mark.parametrize("bug", CHECKS)
-def test_planted_bug_turns_the_suite_red(plant: Callable[[str], None], bug: str) -> None:
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_turns_the_suite_red(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     for check in CHECKS[bug]:
-        plant("")
+        plant(monkeypatch, "")
         check()
-        plant(bug)
+        plant(monkeypatch, bug)
         with pytest.raises(AssertionError):
             check()
 

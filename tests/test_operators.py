@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import draw, guarded, loss_and_grad, truncates, upstream_for
 from conftest import EMULATED, HAS_CUDA, skip_unless_available
-from test_regressions import EPS, VIEWS, judge
+from failures import EPS, VIEWS, judge
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends

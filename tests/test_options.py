@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import CASES, Case, loss_and_grad
+from failures import check_r33, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule import dense_q, expect, transformed
@@ -42,18 +43,6 @@ def test_descent_ends_at_the_closed_form_optimum(smoothing: str, eps: float) -> 
 logits = st.one_of(st.just(-INF), st.floats(-300, 300), st.floats(-5, 5))
 
 
-def merged(z: Tensor, q: Tensor, cuts: list[int], order: list[int]) -> tuple[Tensor, ...]:
-    """(max, Σ exp, Σ q·(z - max), Σ q) of a row, from its pieces merged in that order."""
-    pieces = []
-    for zi, qi in zip(z.tensor_split(cuts), q.tensor_split(cuts), strict=True):
-        shifted = torch.where(zi == -INF, zi, zi - zi.max())
-        pieces.append((zi.max(), shifted.exp().sum(), torch.where(qi == 0, 0.0, qi * shifted).sum(), qi.sum()))
-    whole = pieces[order[0]]
-    for i in order[1:]:
-        whole = reference.merge(whole, pieces[i])
-    return whole
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.lists(logits, min_size=1, max_size=24), st.data())
 def test_merging_any_cut_is_the_whole_row(values: list[float], data: st.DataObject) -> None:
@@ -69,15 +58,6 @@ def test_merging_any_cut_is_the_whole_row(values: list[float], data: st.DataObje
         return
     want = q.sum() * torch.logsumexp(z, 0) - torch.where(q == 0, 0.0, q * z).sum()
     torch.testing.assert_close(mass * s.log() - d, want, rtol=1e-11, atol=1e-10)
-
-
-def check_r33() -> None:
-    """K = 8 over 2 and over 4 unequal shards, each with its own maximum and its own Σ q, is the loss of the row."""
-    rng = torch.Generator().manual_seed(8)
-    z, q = torch.randn(8, generator=rng).double() * 5, torch.rand(8, generator=rng).double()
-    for cuts in ([3], [1, 3, 7], []):
-        _, s, d, mass = merged(z, q, cuts, list(range(len(cuts) + 1)))
-        assert abs(mass * s.log() - d + (q * torch.log_softmax(z, 0)).sum()) < 1e-13
 
 
 def test_r33_merging_unequal_shards() -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_data_parallel import needs_gloo
-from test_parallel import EPS, D, draw, of_rank, options, same_as_one, spawn
+from sharded import EPS, D, draw, needs_gloo, of_rank, options, same_as_one, spawn
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import init_device_mesh

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
-from test_data_parallel import needs_gloo
-from test_parallel import CUTS, N, agree_to_the_bit, draw, of_rank, options, same_as_one, spawn
+from sharded import CUTS, N, agree_to_the_bit, draw, needs_gloo, of_rank, options, same_as_one, spawn
 from torch import Tensor
 
 import labelsmooth_kernels as lsk

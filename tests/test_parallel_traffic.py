@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_data_parallel import needs_gloo
-from test_parallel import EPS, N, draw, spawn
+from sharded import EPS, N, draw, needs_gloo, spawn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -6,40 +6,14 @@ import importlib
 
 import pytest
 import torch
-from cases import CASES, DIRECTIONS, Case, loss_and_grad, run_case
-from conftest import EMULATED, HAS_CUDA, places, skip_unless_available
+from cases import CASES, Case, loss_and_grad, run_case
+from conftest import HAS_CUDA, skip_unless_available
+from parity import Row, claims, rows_of_the_table
 from rule import expect
 
-from labelsmooth_kernels import backends
 
-
-def directions_of(case: Case, backend: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Everything, but for those that cost their time. Where a GPU is emulated, a dtype has the directions whose form of
-    backward is its own; a real vocabulary is for the threads of the CPU, and for the reference once each way."""
-    if (backend, device) in EMULATED:
-        if case.large:
-            return ("mean",) if backend == "cuda" and dtype != torch.float64 else ()
-        few = {torch.float16: ("rows", "inplace rows"), torch.bfloat16: ("mean", "inplace"), torch.float64: ("rows",)}
-        return few.get(dtype, DIRECTIONS)
-    return ("forward", "rows") if case.large and backend == "reference" else DIRECTIONS
-
-
-def rows_of_the_table() -> list[object]:
-    """Every case under every backend that says it serves it."""
-    rows = []
-    for backend, device in places():
-        serves = backends.BACKENDS[backend]
-        for case in CASES:
-            if serves.features is not None and not case.features() <= serves.features:
-                continue
-            for dtype in (d for d in case.dtypes if d in serves.dtypes):
-                for direction in directions_of(case, backend, device, dtype):
-                    name = f"{case.name}-{backend}-{device}-{str(dtype)[6:]}-{direction}"
-                    rows.append(pytest.param(case, backend, device, dtype, direction, id=name))
-    return rows
-
-
-@pytest.mark.parametrize(("case", "backend", "device", "dtype", "direction"), rows_of_the_table())
+@pytest.mark.claims.with_args(claims)
+@pytest.mark.parametrize(Row._fields, [pytest.param(*row, id=str(row)) for row in rows_of_the_table()])
 def test_case(case: Case, backend: str, device: str, dtype: torch.dtype, direction: str) -> None:
     skip_unless_available(backend)
     run_case(case.problem(dtype, device), backend, direction)
@@ -50,6 +24,7 @@ FORMED = """smaller than a tile, half the rows ignored, one above a tile, masked
     NaN and infinite logits, one finite class, last, equal maxima far apart"""
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("direction", ["forward", "rows", "inplace"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form["form"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in FORMED], ids=lambda c: c.name)

@@ -64,6 +64,12 @@ def test_triton_kernels_is_a_leaf(path: Path) -> None:
     assert not outside
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_module_imports_a_test_module(path: Path) -> None:
+    """What several of them use is in a module that holds no test, so that one can change or run without another."""
+    assert not [name for _, name in imports(path) if name.startswith("test_")]
+
+
 def test_public_names_are_pinned() -> None:
     assert sorted(lsk.__all__) == PUBLIC.split()
     assert all(hasattr(lsk, name) for name in lsk.__all__)

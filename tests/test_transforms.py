@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from cases import Place, draw
 from conftest import skip_unless_available
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
+from tracing import Trap, compiled, compiler
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends, spec
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 N, K, BATCH = 4, 5, 3
-compiler = pytest.mark.skipif(
-    torch.__version__ < "2.11", reason="an older torch.compile (2.9 was tried) cannot trace the argument checks"
-)
 
 
 def pair(place: Place, **options: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -187,13 +183,6 @@ def test_a_batch_of_upstreams(place: Place, reduction: str) -> None:
 # ---- compilers
 
 
-def compiled(loss: Callable[..., Tensor], **how: Any) -> tuple[Callable[..., Tensor], Any]:
-    """The compiled loss, and what counts the graphs that were compiled, ``frame_count``."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(loss, fullgraph=True, backend=counter, **how), counter
-
-
 def step(loss: Callable[..., Tensor], x: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     value = loss(leaf, *call) * 0.37
@@ -282,17 +271,6 @@ def test_export_of_an_evaluation_loss(fast_place: Place, options: dict[str, Any]
 
 
 # ---- host synchronisations
-
-
-class Trap(TorchDispatchMode):
-    """Raises where the host would have to wait for a value of a tensor."""
-
-    SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "item")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        assert name not in self.SYNCS, f"{name} synchronises with the device"
-        return func(*args, **(kwargs or {}))
 
 
 def sync_free_step(place: Place, options: dict[str, Any]) -> None:

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from labelsmooth_kernels import ops
-from labelsmooth_kernels.spec import accumulate_dtype
+from labelsmooth_kernels import backends, ops
+from labelsmooth_kernels.spec import FLOAT_DTYPES, accumulate_dtype
+
+if TYPE_CHECKING:
+    import pytest
 
 BLOCK = 512
 INF = torch.inf
+BUGS = ("R1", "R3", "R15", "R16", "R20", "R27", "R28", "R31", "R38")
 
 
 class Call(NamedTuple):
@@ -188,3 +192,11 @@ class Twin:
 
     def scale_(self, grad: Tensor, scale: Tensor) -> None:
         grad.copy_(grad * scale)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    """Register the twin with a bug as the backend "twin"."""
+    kernels = Twin(bug).kernels()
+    made = backends.Backend("twin", "", ("cpu",), FLOAT_DTYPES, backends.EVERY_OPTION, lambda: None, kernels)
+    monkeypatch.setitem(backends.BACKENDS, "twin", made)
+    backends._choose.cache_clear()
