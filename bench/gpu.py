@@ -65,9 +65,9 @@ def sanitizers() -> list[str]:
 def suite(out: Path) -> list[str]:
     """The test suite, the tests that only a GPU can fail first, on as many processes as there are cores for."""
     rest = sorted({path.name for path in (results.ROOT / "tests").glob("test_*.py")} - set(TESTS))
-    command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in (*TESTS, *rest)), "-q"]
+    command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in (*TESTS, *rest)), "-v", "--tb=short"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2))]
+        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60"]
     return [*command, "-p", "no:cacheprovider", "--maxfail=150", f"--junitxml={out / 'tests.xml'}"]
@@ -170,7 +170,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)  # pytest then writes what it has
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
+        process.wait(timeout=10)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -15,7 +15,9 @@ from . import inputs as data
 from . import peers
 from .harness import IGNORED, Case, Inputs, Loss, Provider, Results, losing
 
-GEMMS, OURS, TILED, EAGER = "the head's GEMMs", "ours", "ours, tiled", "F.linear_cross_entropy"
+GEMMS, OURS, TILED = "the head's GEMMs", "ours", "ours, tiled"
+HAS_HEAD_LOSS = hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
+EAGER = "F.linear_cross_entropy" if HAS_HEAD_LOSS else "F.linear, then F.cross_entropy"
 NO_SMOOTHING, PRIOR, CHUNKED = "ours, ε = 0", "ours, prior", "F.linear_cross_entropy, chunked"
 UNFUSED, COMPILED = "F.linear, then ours in place", "torch.compile of F.linear and F.cross_entropy"
 
@@ -32,7 +34,7 @@ def ours(**options: Any) -> Loss:
 
 
 def eager(h: Tensor, w: Tensor, y: Tensor, eps: float) -> Tensor:
-    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+    if HAS_HEAD_LOSS:
         return F.linear_cross_entropy(h, w, y, label_smoothing=eps)
     return F.cross_entropy(F.linear(h, w), y, label_smoothing=eps)
 
@@ -99,7 +101,7 @@ class Linear:
             result += [losing(f"ours, chunks of {m}", ours(chunk_rows=m), case, exact=True) for m in self.chunk_rows]
             if self.tiled:
                 result.append(losing(TILED, ours(method="tiled"), case, exact=True))
-        if self.with_chunks and hasattr(F, "linear_cross_entropy"):
+        if self.with_chunks and HAS_HEAD_LOSS:
             result.append(losing(CHUNKED, chunked, case, **peers.CANNOT_SMOOTH))
         if self.with_compile:
             result.append(losing(COMPILED, compiled(), case))

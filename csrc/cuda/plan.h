@@ -11,9 +11,10 @@ constexpr int kWarp = 32, kMaxThreads = 256;
 // Of shared memory, in front of what else lies there: the sums of each warp of a block, and of the block.
 constexpr int64_t kSlotBytes = (kMaxThreads / kWarp + 1) * int64_t(sizeof(Stats<double>)) / 16 * 16 + 16;
 
-// The device, and the numbers that a choice depends on. Not measured on a GPU: they follow from the shared memory and
-// the registers of a multiprocessor, which two blocks and more should share, so that one loads while another computes.
-// The tests choose smaller ones, to take every path with few threads.
+// The device, and the numbers that a choice depends on. They follow from the shared memory and the registers of a
+// multiprocessor, which two blocks and more should share, so that one loads while another computes; an H100 has
+// measured what they lead to (docs/gpu.md), not others beside them. The tests choose smaller ones, to take every path
+// with few threads.
 struct Device {
   int capability = 0;  // that the running code was compiled for, 90 for 9.0
   int multiprocessors = 1;
