@@ -1,7 +1,7 @@
 """Which form and size of a kernel runs: the only tuning table of this package, and the only place that launches.
 
-The numbers come from ahead-of-time compilation (``tests/aot_check.py``: registers, no spills, 128-bit accesses) and from
-this reasoning: a row is read once where a thread block, or a cluster of up to 16, holds it; an SM should hold two
+The numbers come from ahead-of-time compilation (``tests/aot_check.py``: registers, no spills, 128-bit accesses) and
+from this reasoning: a row is read once where a thread block, or a cluster of up to 16, holds it; an SM should hold two
 programs where it can, so that one loads while the other reduces. On an H100 they are right but not tuned: long rows
 take 1.5 to 2.1 times a copy, bound by instructions and by second reads that miss L2 (docs/gpu.md).
 """
