@@ -140,7 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     if not dist.is_torchelastic_launched():
         parser.error("start it by torchrun, as its first lines show")
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # a GPU for each process, or none
+    options.device = "cuda" if enough else "cpu"
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:

@@ -26,6 +26,7 @@ EVERY_OPTION = frozenset(
         "confidence_penalty", "logit_scale", "softcap", "distillation",
     }
 )  # fmt: skip
+TILED = frozenset({"tiled head"})
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
 
 
@@ -166,7 +167,7 @@ BACKENDS = {
             "Triton kernels",
             _triton_devices(),
             _HALF_AND_SINGLE,
-            EVERY_OPTION,
+            EVERY_OPTION | TILED,
             _load_triton,
             ops.define("triton"),
         ),

@@ -171,7 +171,8 @@ def linear_cross_entropy(
     call = _prepare_linear(input, linear_weight, target, linear_bias, spec)
     if os.environ.get(CHECK_TARGETS) == "1":
         check_targets(call.rows)
-    chosen = backends.select(call.rows)
+    # On a GPU the first backend that has tiled kernels; on a CPU Triton serves only where it is named.
+    chosen = backends.select(call.rows, backends.TILED if method == "tiled" and input.is_cuda else frozenset())
     if method == "tiled" and (reasons := _why_not_tiled(call, chosen)):
         raise ArgumentError(f"method='tiled' cannot serve this call: {'; '.join(reasons)}")
     if transformed() or chosen.kernels is None or call.target_needs_grad:

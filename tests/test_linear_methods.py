@@ -13,6 +13,7 @@ from torch import Tensor
 from tracing import compiled, compiler
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import backends
 
 PLACE = ("triton", "cuda" if HAS_CUDA else "cpu")
 
@@ -88,6 +89,14 @@ def test_opcheck(name: str) -> None:
         ((0,), (1,)) if name == "forward" else ((saved, 0.0, True, True, True), (saved, 1e-3, False, True, False))
     ):
         torch.library.opcheck(op, (hidden, weight, bias, *row, *last))
+
+
+def test_the_tiled_path_is_not_left_to_a_backend_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where every backend works, the first of them has no tiled kernels."""
+    monkeypatch.setattr(backends.Backend, "unavailable", lambda self: None)
+    choose = backends._choose.__wrapped__
+    assert choose("cuda", torch.bfloat16, frozenset({"index target"}), None) == "cuda"
+    assert choose("cuda", torch.bfloat16, frozenset({"index target"}) | backends.TILED, None) == "triton"
 
 
 def test_the_tiled_path_says_what_it_refuses() -> None:
