@@ -30,6 +30,17 @@ from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
 EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
+SLOW = [
+    "test_bench",
+    "test_cuda_shim",
+    "test_dtensor",
+    "test_parallel",
+    "test_parallel_compile",
+    "test_parallel_soft",
+    "test_parallel_traffic",
+    "test_studies",
+]
+"""Modules of processes, compilers and programs, which ``--quick`` leaves out."""
 GROUPS: pytest.StashKey[list[covering.Group]] = pytest.StashKey()
 
 
@@ -98,7 +109,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_emulated(item):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    dropped = {item for item in items if covering.Mode.quick and item.get_closest_marker("slow")}
+    slow = (item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow"))
+    dropped = set(slow) if covering.Mode.quick else set()
     for name, rows in products.items():
         kept = rows if covering.Mode.whole else [] if covering.Mode.quick else covering.cover(rows, claims_of, cost_of)
         config.stash[GROUPS].append(covering.Group(name, [claims_of(r) for r in rows], [claims_of(r) for r in kept]))

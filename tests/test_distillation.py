@@ -204,6 +204,7 @@ def test_a_graph_may_be_kept(served: Place) -> None:
         rows.sum().backward()
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     x, t, y = draw(n=5, k=300)
 

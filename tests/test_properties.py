@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import Place, truncates
 from conftest import EMULATED, places, skip_unless_available
+from covering import Mode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rule import Problem, acc_dtype, expect, few_ulps, judge_grad, judge_loss, judge_stats
@@ -34,7 +35,12 @@ EXAMPLES = {"oracle": 2000, "symmetry": 900, "identity": 700, "repeat": 700, "pi
 
 
 def many(kind: str) -> Callable[[Any], Any]:
-    return settings(max_examples=EXAMPLES[kind], deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=EXAMPLES[kind] // (10 if Mode.quick else 1),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 # Layouts of logits (A·B, K): the same values as a view that is not contiguous, its class dimension, and the row shape.
