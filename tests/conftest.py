@@ -70,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "claims(function): what a row of this test's product is there for, made of its parameters",
         "emulated: every row of this test runs in an emulation, although no parameter says so",
         "slow: left out by --quick",
+        "repeats: runs under --whole alone, because other rows of its test do the same",
     ):
         config.addinivalue_line("markers", marker)
     for warning in ("ignore::RuntimeWarning:triton", "ignore:labelsmooth_kernels. served by the plain:UserWarning"):
@@ -111,6 +112,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     slow = (item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow"))
     dropped = set(slow) if covering.Mode.quick else set()
+    if not covering.Mode.whole:
+        dropped |= {item for item in items if item.get_closest_marker("repeats")}
     for name, rows in products.items():
         kept = rows if covering.Mode.whole else [] if covering.Mode.quick else covering.cover(rows, claims_of, cost_of)
         config.stash[GROUPS].append(covering.Group(name, [claims_of(r) for r in rows], [claims_of(r) for r in kept]))

@@ -114,6 +114,7 @@ def test_r24_compiled_as_eager(fast_place: Place, reduction: str) -> None:
         torch.testing.assert_close(grads_of(got, leaves), expected)
 
 
+@pytest.mark.claims.with_args(lambda fast_place: {"inductor"})  # what it rearranges is around the operators
 @compiler
 def test_compiled_by_inductor(fast_place: Place) -> None:
     *leaves, y = operands(9, 8, 30, fast_place)
