@@ -23,7 +23,7 @@ study: .venv/built
 
 # One process for each core. `test` thins what is emulated (tests/covering.py), `test-all` runs whole products, `quick` is
 # for the loop of edit and run: the reference and the compiled CPU kernels, nothing emulated, no processes, no compilers.
-SUITE = $(BIN)/python -m pytest tests -n auto --dist worksteal --junitxml=$(OUT)/$@.xml
+SUITE = $(BIN)/python -m pytest tests -n auto --dist worksteal --junitxml=$(OUT)/$@$(if $(filter off,$(BUILD)),-off).xml
 test test-all: .venv/built
 	$(BIN)/python -m labelsmooth_kernels
 	$(if $(filter off,$(BUILD)),,$(BIN)/python tests/cuda_shim/build.py)
@@ -56,7 +56,7 @@ sanitize: .venv/built
 	rm -rf $(OUT)/sanitize
 	LABELSMOOTH_BUILD=sanitize $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(OUT)/sanitize .
 	PYTHONPATH=$(OUT)/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p no:cacheprovider -k "cpu-cpu" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -n auto -p no:cacheprovider -k "cpu-cpu" \
 	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py tests/test_linear.py
 
 # The CPU's figures, in ten minutes. RUN="--cases smoke --minutes 1" shows that all of it runs and that no speed is lost;

@@ -30,6 +30,17 @@ from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
 EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
+SLOW = [
+    "test_bench",
+    "test_cuda_shim",
+    "test_dtensor",
+    "test_parallel",
+    "test_parallel_compile",
+    "test_parallel_soft",
+    "test_parallel_traffic",
+    "test_studies",
+]
+"""Modules of processes, compilers and programs, which ``--quick`` leaves out."""
 GROUPS: pytest.StashKey[list[covering.Group]] = pytest.StashKey()
 
 
@@ -59,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "claims(function): what a row of this test's product is there for, made of its parameters",
         "emulated: every row of this test runs in an emulation, although no parameter says so",
         "slow: left out by --quick",
+        "repeats: runs under --whole alone, because other rows of its test do the same",
     ):
         config.addinivalue_line("markers", marker)
     for warning in ("ignore::RuntimeWarning:triton", "ignore:labelsmooth_kernels. served by the plain:UserWarning"):
@@ -81,7 +93,14 @@ def is_emulated(item: pytest.Item) -> bool:
 def claims_of(item: pytest.Item) -> covering.Claims:
     if marker := item.get_closest_marker("claims"):
         return frozenset(marker.args[0](**item.callspec.params))
-    return covering.pairs(item.callspec.indices) if hasattr(item, "callspec") else frozenset([item.name])
+    if not hasattr(item, "callspec"):
+        return frozenset([item.name])
+    return covering.pairs({name: covering.key(value) for name, value in item.callspec.params.items()})
+
+
+def cost_of(item: pytest.Item) -> float:
+    """Triton's interpreter is the slower one: what may run in either place runs in the other."""
+    return 3.0 if "triton" in item.nodeid.partition("[")[2] else 1.0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -91,9 +110,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_emulated(item):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    dropped = {item for item in items if covering.Mode.quick and item.get_closest_marker("slow")}
+    slow = (item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow"))
+    dropped = set(slow) if covering.Mode.quick else set()
+    if not covering.Mode.whole:
+        dropped |= {item for item in items if item.get_closest_marker("repeats")}
     for name, rows in products.items():
-        kept = rows if covering.Mode.whole else [] if covering.Mode.quick else covering.cover(rows, claims_of)
+        kept = rows if covering.Mode.whole else [] if covering.Mode.quick else covering.cover(rows, claims_of, cost_of)
         config.stash[GROUPS].append(covering.Group(name, [claims_of(r) for r in rows], [claims_of(r) for r in kept]))
         dropped |= set(rows) - set(kept)
     if dropped:

@@ -30,7 +30,16 @@ class Mode:
     quick = False
 
 
-def pairs(values: Mapping[str, Hashable]) -> Claims:
+def key(value: object) -> Hashable:
+    """A value as something to compare: itself, or which object it is; True is not 1 here."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value).__name__, value
+
+
+def pairs(values: Mapping[Any, Hashable]) -> Claims:
     """Every pair of (name, value); a parameter that stands alone claims its value."""
     named = sorted(values.items(), key=lambda item: item[0])
     return frozenset(itertools.combinations(named, 2)) or frozenset(named)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sharded import needs_gloo, spawn
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
@@ -129,8 +130,10 @@ def test_pieces_add_up_to_the_whole(place: Place) -> None:
     assert whole.rows == int((y != -100).sum())
 
 
+@needs_gloo
+@pytest.mark.slow
 def test_sums_over_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    spawn(_rank, 2, tmp_path, str(tmp_path))
     want = numbers(calibration.evaluate(*rows(400)))
     for rank in range(2):
         assert json.loads((tmp_path / str(rank)).read_text()) == pytest.approx(want, rel=1e-12)
@@ -138,12 +141,10 @@ def test_sums_over_ranks(tmp_path: Path) -> None:
 
 def _rank(rank: int, folder: str) -> None:
     """What a rank of two finds, each with some of the rows."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, y = rows(400)
     part = slice(0, 130) if rank == 0 else slice(130, None)
     found = calibration.evaluate(x[part], y[part]).all_reduce()
     Path(folder, str(rank)).write_text(json.dumps(numbers(found)))
-    torch.distributed.destroy_process_group()
 
 
 def test_degenerate_rows() -> None:

@@ -108,6 +108,7 @@ def table(*command: str) -> dict[str, tuple[float, float]]:
 
 
 @needs_gloo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "bound", "command"),
     [

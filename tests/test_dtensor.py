@@ -220,7 +220,9 @@ def test_fsdp(tensor_parallel: bool, tmp_path: Path) -> None:
     spawn(_fsdp, 4, tmp_path, tensor_parallel)
 
 
-@pytest.mark.parametrize("arguments", [("2",), ("4", "--data", "2")], ids=["2", "2 x 2"])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(("2",), marks=pytest.mark.repeats), ("4", "--data", "2")], ids=["2", "2 x 2"]
+)
 def test_the_example(arguments: tuple[str, ...]) -> None:
     """Its own check of the curves, at a small size."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from covering import Mode
 from sharded import EPS, D, draw, needs_gloo, of_rank, options, same_as_one, spawn
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -35,16 +36,19 @@ def compiled(
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
-def _same(rank: int) -> None:
-    """Eager and compiled, forward and backward, to the bit."""
+def _same(rank: int, whole: bool) -> None:
+    """Eager and compiled, forward and backward, to the bit; without ``whole`` each option with one of the losses."""
     part = slice(CUTS[rank], CUTS[rank + 1])
     x, y, hidden, head = draw(8, torch.float32)
     soft = x.softmax(1)[:, part]
+    of_logits = {"plain", "prior", "z-loss and penalty", "scale and cap"}
+    of_heads = {"sharpened", "others", "class weights", "normalizer", "sum"}
     for name, given in options(8).items():
         if name == "class 0 ignored":
             continue
         mine = of_rank(given, part)
-        for target in (y, soft) if name in ("uniform", "class weights and prior", "none") else (y,):
+        targets = (y, soft) if name in ("uniform", "class weights and prior", "none") else (y,)
+        for target in targets if whole or name not in of_heads else ():
             run = lambda x, t=target, mine=mine: parallel.cross_entropy(2 * x, t, return_stats=True, **mine)  # noqa: E731
             torch._dynamo.reset()
             results = []
@@ -54,7 +58,7 @@ def _same(rank: int) -> None:
                 results.append((loss, *stats[:4], *torch.autograd.grad(loss.sum(), leaf)))
             for eager, graph in zip(*results, strict=True):
                 torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
-        if name in ("plain", "prior", "z-loss and penalty", "scale and cap"):
+        if name in of_logits:
             continue
         run = lambda h, w, mine=mine: parallel.linear_cross_entropy(h.tanh(), w, y, chunk_rows=5, **mine)  # noqa: E731
         results = []
@@ -190,4 +194,4 @@ def _dtensors(rank: int) -> None:
 
 @pytest.mark.parametrize("run", [_same, _sizes, _trained, _operators, _fused, _mixed, _dtensors])
 def test_one_graph(run: Callable[[int], None], tmp_path: Path) -> None:
-    spawn(run, 2, tmp_path)
+    spawn(run, 2, tmp_path, *([Mode.whole] if run is _same else []))

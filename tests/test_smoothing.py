@@ -125,6 +125,7 @@ def test_a_schedule_fills_one_tensor() -> None:
     assert [ramp(0), ramp(5), ramp(10), ramp(99)] == pytest.approx([0.0, 0.05, 0.1, 0.1])
 
 
+@pytest.mark.slow
 def test_annealing_reaches_the_loss_and_compiles_nothing_anew() -> None:
     schedule = smoothing.Schedule(smoothing.linear(0.5, 0.1, 2))
     x, y = torch.randn(4, 9), torch.tensor([1, 2, 3, 4])

@@ -212,6 +212,7 @@ def test_compiled_as_eager(fast_place: Place, options: dict[str, Any], dtype: to
     torch.testing.assert_close(step(compiled(loss)[0], x, soft), step(loss, x, soft))
 
 
+@pytest.mark.claims.with_args(lambda fast_place: {"inductor"})  # what it rearranges is around the operators
 @compiler
 def test_compiled_by_inductor(fast_place: Place) -> None:
     """The default compiler, which rearranges what is around the operators."""

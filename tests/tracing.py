@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-compiler = pytest.mark.skipif(
-    torch.__version__ < "2.11", reason="an older torch.compile (2.9 was tried) cannot trace the argument checks"
-)
+
+def compiler(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that compiles."""
+    reason = "an older torch.compile (2.9 was tried) cannot trace the argument checks"
+    return pytest.mark.slow(pytest.mark.skipif(torch.__version__ < "2.11", reason=reason)(test))
 
 
 def compiled(loss: Callable[..., Tensor], **how: Any) -> tuple[Callable[..., Tensor], Any]:
