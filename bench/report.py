@@ -135,6 +135,7 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
         "options": [transposed(pivot(mine, "options", ratio_cell))],
         "linear": [pivot(mine, "linear", time_cell)],
         "linear memory": [pivot(mine, "linear", memory_cell, (linear.OURS, linear.UNFUSED, linear.EAGER))],
+        "peers": [pivot(mine, "peers", time_cell)],
         "smoothing": [pivot(mine, "cost of smoothing", ratio_cell)],
         "others": [
             pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell)

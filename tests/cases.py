@@ -21,6 +21,11 @@ Place = tuple[str, str]  # backend and device
 Build = Callable[[torch.Generator], tuple[Tensor, Tensor, dict[str, Any]]]
 
 
+def placed(options: dict[str, Any], device: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The options with their tensors on a device, and of a dtype."""
+    return {name: v.to(device, dtype) if isinstance(v, Tensor) else v for name, v in options.items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table. ``large``: a vocabulary of real size, which the interpreter is too slow for."""
@@ -34,9 +39,8 @@ class Case:
     def problem(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Problem:
         x, target, options = self.build(torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
         acc = acc_dtype(dtype)
-        placed = {n: v.to(device, acc) if isinstance(v, Tensor) else v for n, v in options.items()}
         target = target.to(device, acc) if target.is_floating_point() else target.to(device)
-        return Problem(x.to(dtype).to(device), target, placed)
+        return Problem(x.to(dtype).to(device), target, placed(options, device, acc))
 
     @functools.cache  # noqa: B019  # a case lives as long as the table
     def features(self) -> frozenset[str]:

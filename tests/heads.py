@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from cases import Place, upstream_for
 from torch import Tensor
 
 EPS = 0.1
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """F.linear_cross_entropy, or the two functions that it stands for: it came with PyTorch 2.13."""
+    if hasattr(F, "linear_cross_entropy"):
+        loss: Tensor = F.linear_cross_entropy(hidden, weight, target, linear_bias=linear_bias, **options)
+        return loss
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(hidden, weight.flatten(0, -2), bias).unflatten(-1, weight.shape[:-1])
+    return F.cross_entropy(logits, target, **options)
 
 
 def operands(n: int, d: int, k: int, place: Place, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import draw, loss_and_grad
-from conftest import skip_unless_available
+from cases import draw, loss_and_grad, placed
+from conftest import places, skip_unless_available
 from drop_in import K, X, Y, arguments
 
 import labelsmooth_kernels as lsk
@@ -82,15 +82,15 @@ def test_a_fall_to_the_reference_warns_once() -> None:
         lsk.cross_entropy(X, Y, label_smoothing=eps)
 
 
-@pytest.mark.parametrize("backend", [name for name, b in backends.BACKENDS.items() if torch.float64 in b.dtypes])
+@pytest.mark.parametrize("place", [p for p in places() if torch.float64 in backends.BACKENDS[p[0]].dtypes])
 @pytest.mark.parametrize(
     "options", [{}, {"row_weight": torch.arange(1.0, 7)}, {"normalizer": 3.0}, {"reduction": "none"}]
 )
-def test_the_gradient_with_a_graph_is_the_gradient(backend: str, options: dict[str, Any]) -> None:
-    skip_unless_available(backend)
-    x, y = draw(("", "cpu"), dtype=torch.float64)
+def test_the_gradient_with_a_graph_is_the_gradient(place: Place, options: dict[str, Any]) -> None:
+    skip_unless_available(place[0])
+    x, y = draw(place, dtype=torch.float64)
     x.requires_grad_()
-    loss = lsk.cross_entropy(x, y, label_smoothing=0.1, backend=backend, **options)
+    loss = lsk.cross_entropy(x, y, label_smoothing=0.1, backend=place[0], **placed(options, place[1]))
     upstream = torch.full_like(loss, 0.37)
     plain, graphed = (
         torch.autograd.grad(loss, x, upstream, create_graph=kept, retain_graph=True) for kept in (False, True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import guarded, truncates
+from cases import guarded, placed, truncates
 from covering import Mode
 from distilled import K, N, draw, judge, oracle
 from torch import Tensor
@@ -37,7 +37,7 @@ MIXES: dict[str, dict[str, Any]] = {
 def test_loss_and_gradient(served: Place, mix: str, dtype: torch.dtype) -> None:
     if dtype not in BACKENDS[served[0]].dtypes:
         pytest.skip(f"{served[0]} does not serve {dtype}")
-    options = MIXES[mix]
+    options = placed(MIXES[mix], served[1])
     x, t, y = (v.to(served[1]) for v in draw(dtype))
     call = functools.partial(distillation_loss, backend=served[0], **options)
     student, check = guarded(x)

@@ -89,7 +89,7 @@ def test_what_changes_before_the_backward_is_noticed(served: Place, name: str) -
     if served[0] == "reference":
         pytest.skip("autograd of PyTorch's own functions keeps what it needs")
     x, t, y = (v.to(served[1]) for v in draw())
-    eps, prior, weight = torch.tensor(0.3), torch.full((K,), 1 / K), t[:, :4].new_ones(K, 4)
+    eps, prior, weight = t.new_tensor(0.3), t.new_full((K,), 1 / K), t[:, :4].new_ones(K, 4)
     head = name == "linear_weight"
     changed = {"label_smoothing": eps, "smoothing": prior, "teacher": t, "linear_weight": weight}[name]
     options = {"label_smoothing": eps, "smoothing": prior, "reduction": "none", "backend": served[0]}

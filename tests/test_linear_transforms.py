@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import EMULATED, skip_unless_available
-from heads import EPS, grads_of, operands
+from heads import EPS, grads_of, head_loss, operands
 from sharded import needs_gloo, spawn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +30,7 @@ def pair(place: Place, y: Tensor, **options: Any) -> tuple[Callable[..., Tensor]
     call = {"label_smoothing": EPS, **options}
     return (
         lambda h, w, b: lsk.linear_cross_entropy(h, w, y, linear_bias=b, chunk_rows=4, backend=place[0], **call),
-        lambda h, w, b: F.linear_cross_entropy(h, w, y, linear_bias=b, **call),
+        lambda h, w, b: head_loss(h, w, y, linear_bias=b, **call),
     )
 
 
