@@ -93,8 +93,6 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 #endif
 
-// The instruction set that this process uses, "avx512", "avx2" or "portable", and its kernels.
-const char* cpu_capability();
-const Kernels& cpu_kernels();
+const Kernels& cpu_kernels();  // those that this process uses
 
 }  // namespace lsk

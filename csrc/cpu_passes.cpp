@@ -6,7 +6,6 @@
 #include "cpu_passes.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,7 +14,6 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "cpu_kernels.h"
@@ -26,26 +24,8 @@ namespace {
 constexpr int64_t kGrain = 32768;  // elements that are worth waking a thread for
 constexpr int64_t kMaxRows = 32;
 
-struct InstructionSet {
-  const char* name;
-  const Kernels* kernels;
-};
-
-// ATEN_CPU_CAPABILITY and the CPU decide, as for ATen's own kernels.
-const InstructionSet& instruction_set() {
-  static const InstructionSet chosen = []() -> InstructionSet {
-#if LSK_X86
-    const std::string aten = at::get_cpu_capability();
-    if (aten == "AVX512") return {"avx512", avx512_kernels()};
-    if (aten == "AVX2") return {"avx2", avx2_kernels()};
-#endif
-    return {"portable", portable_kernels()};
-  }();
-  return chosen;
-}
-
-const RowKernels& rows_of(Dtype dtype) { return instruction_set().kernels->rows[dtype]; }
-const BlockKernels& blocks_of(const Call& call) { return instruction_set().kernels->blocks[call.wide]; }
+const RowKernels& rows_of(Dtype dtype) { return cpu_kernels().rows[dtype]; }
+const BlockKernels& blocks_of(const Call& call) { return cpu_kernels().blocks[call.wide]; }
 
 // How a call is cut. Where classes are not adjacent, a tile takes the rows that share its cache lines; with class
 // vectors two rows, which find a block of them in the first-level cache. A block stays in
@@ -292,9 +272,6 @@ void for_pieces(const Plan& plan, const F& f) {
 
 }  // namespace
 
-const char* cpu_capability() { return instruction_set().name; }
-const Kernels& cpu_kernels() { return *instruction_set().kernels; }
-
 at::Tensor in_large_pages(at::Tensor fresh) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
@@ -353,7 +330,7 @@ void run_scale(const View& grad, int64_t n, int64_t k, double factor) {
 
 void run_add_split(uint16_t* high, uint8_t* low, const uint16_t* x, int64_t n, bool last) {
   at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    instruction_set().kernels->add_split(high + begin, low + begin, x + begin, end - begin, last);
+    cpu_kernels().add_split(high + begin, low + begin, x + begin, end - begin, last);
   });
 }
 

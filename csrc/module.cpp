@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "cpu_kernels.h"
+#include <utility>
+
+#include "cpu_dispatch.h"
 #include "cuda/run.h"
 
 namespace {
@@ -27,9 +29,10 @@ pybind11::dict build_info() {
 #else
   const char *cuda = "", *architectures = "";
 #endif
-  return pybind11::dict("torch"_a = TORCH_VERSION, "compiler"_a = compiler, "cpu_capability"_a = lsk::cpu_capability(),
-                        "threads_api"_a = threads, "num_threads"_a = at::get_num_threads(), "cuda"_a = cuda,
-                        "architectures"_a = architectures);
+  const lsk::InstructionSet& cpu = lsk::instruction_set();
+  return pybind11::dict("torch"_a = TORCH_VERSION, "compiler"_a = compiler, "cpu_capability"_a = cpu.name,
+                        "cpu_reason"_a = cpu.reason, "threads_api"_a = threads, "num_threads"_a = at::get_num_threads(),
+                        "cuda"_a = cuda, "architectures"_a = architectures);
 }
 
 }  // namespace
@@ -37,6 +40,14 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled row operators of labelsmooth_kernels";
   m.def("build_info", &build_info, "Versions of the build, and what the running process selects.");
+  m.def(
+      "choose_instruction_set",
+      [](int aten, int cpu) {
+        const auto chosen = lsk::choose_instruction_set(aten, cpu);
+        return std::make_pair(chosen.name, chosen.reason);
+      },
+      "The name of an instruction set and the reason for it, from the widths in bytes that PyTorch uses and the CPU "
+      "has.");
 #if defined(LSK_CUDA)
   m.def("cuda_capability", &lsk::cuda_capability,
         "What the kernels for a GPU were compiled for; 0 if for none like it.");

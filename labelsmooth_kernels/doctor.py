@@ -45,7 +45,7 @@ def _machine() -> list[str]:
     built = str(info.get("built") or "not built")
     if backends.BACKENDS["cpu"].unavailable() is None:
         compiled = importlib.import_module("labelsmooth_kernels._C").build_info()
-        built += f", kernels for {compiled['cpu_capability']}"
+        built += f", {compiled['cpu_capability']}: {compiled['cpu_reason']}"
         if compiled["cuda"]:
             built += f"; CUDA {compiled['cuda']}, for {compiled['architectures']}"
     asked = f"LABELSMOOTH_BUILD={info.get('requested')}" if info else "no record of a build"
@@ -76,7 +76,7 @@ def _parity(backend: backends.Backend, device: str) -> tuple[bool, str]:
 
 def report() -> bool:
     """Print the machine, the versions and every backend; True if every available backend agrees with float64."""
-    print("\n".join(_machine()))
+    print("\n".join(_machine()), flush=True)  # a crash below loses nothing of it
     healthy = True
     for backend in backends.BACKENDS.values():
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)

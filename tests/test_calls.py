@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,26 +114,89 @@ def test_a_row_weight_of_one_value_multiplies_every_row(place: Place, reduction:
         assert torch.equal(one, many)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_passes_the_table(capability: str) -> None:
-    """ATEN_CPU_CAPABILITY chooses the kernels at the start of a process, so the table runs again in one of its own."""
+INSTRUCTION_SETS = {"portable": "default", "avx2": "avx2", "avx512": "avx512"}
+"""From narrow to wide, each with the ATEN_CPU_CAPABILITY that asks for it at the start of a process."""
+
+
+def python(*arguments: str, capability: str) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ, ATEN_CPU_CAPABILITY=capability, CUDA_VISIBLE_DEVICES="")
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_instruction_set_passes_the_table(name: str) -> None:
+    """None is wider than this run's own: the CPU would lack it, or ATEN_CPU_CAPABILITY forbids it to this run."""
     skip_unless_available("cpu")
     from labelsmooth_kernels import _C
 
-    env = dict(os.environ, ATEN_CPU_CAPABILITY=capability, CUDA_VISIBLE_DEVICES="")
-    asked = "from labelsmooth_kernels import _C; print(_C.build_info()['cpu_capability'])"
-    got = subprocess.run(
-        [sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if got != capability.replace("default", "portable"):
-        pytest.skip(f"this CPU and build run {got} when asked for {capability}")
-    if got == _C.build_info()["cpu_capability"]:
+    widths, info = list(INSTRUCTION_SETS), _C.build_info()
+    if widths.index(name) > widths.index(info["cpu_capability"]):
+        pytest.skip(f"{info['cpu_capability']} runs here: {info['cpu_reason']}")
+    if name == info["cpu_capability"]:
         return  # what the rest of the suite runs with
-    table = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu"]
-    table.append(os.path.join(os.path.dirname(__file__), "test_parity_table.py"))
-    run = subprocess.run(table, env=env, capture_output=True, text=True)
+    asked = "from labelsmooth_kernels import _C; print(_C.build_info()['cpu_capability'])"
+    assert python("-c", asked, capability=INSTRUCTION_SETS[name]).stdout.strip() == name
+    table = str(Path(__file__).with_name("test_parity_table.py"))
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-k", "cpu-cpu")
+    run = python("-m", "pytest", *options, table, capability=INSTRUCTION_SETS[name])
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("aten", "cpu", "name", "reason"),
+    [
+        (64, 64, "avx512", "the CPU has it"),
+        (64, 32, "avx2", "the CPU has no AVX-512, though ATEN_CPU_CAPABILITY asks for more"),
+        (64, 16, "portable", "the CPU lacks AVX2"),
+        (32, 64, "avx2", "ATEN_CPU_CAPABILITY"),
+        (32, 32, "avx2", "the CPU has no AVX-512"),
+        (32, 16, "portable", "the CPU lacks AVX2"),
+        (16, 64, "portable", "ATEN_CPU_CAPABILITY"),
+        (16, 32, "portable", "ATEN_CPU_CAPABILITY"),
+        (16, 16, "portable", "the CPU lacks AVX2"),
+    ],
+)
+def test_the_cpu_decides_before_pytorch_does(aten: int, cpu: int, name: str, reason: str) -> None:
+    """Bytes of a vector: 64 is AVX-512, 32 AVX2."""
+    skip_unless_available("cpu")
+    from labelsmooth_kernels import _C
+
+    if "GCC" in (built := _C.choose_instruction_set(64, 64))[1]:
+        pytest.skip(built[1])
+    got = _C.choose_instruction_set(aten, cpu)
+    assert got[0] == name
+    assert reason in got[1]
+
+
+def test_every_feature_that_kernels_are_compiled_with_is_looked_for() -> None:
+    csrc = Path(__file__).parents[1] / "csrc"
+    looked_for = (csrc / "cpu_dispatch.cpp").read_text().lower()
+    for name in ("avx2", "avx512"):
+        (features,) = re.findall(r'GCC target\("(.*)"\)', (csrc / f"cpu_{name}.cpp").read_text())
+        for feature in features.split(","):
+            assert f'__builtin_cpu_supports("{feature}")' in looked_for or f"bit_{feature}" in looked_for
+
+
+def test_avx512_asked_of_a_cpu_without_it_does_not_run() -> None:
+    """PyTorch believes ATEN_CPU_CAPABILITY, and its own kernels may crash; ours run on prepared memory alone."""
+    skip_unless_available("cpu")
+    from labelsmooth_kernels import _C
+
+    if "no AVX-512" not in (reason := _C.build_info()["cpu_reason"]):
+        pytest.skip(f"cannot be tried here: {reason}")
+    program = """if True:
+        import torch
+        from labelsmooth_kernels import _C, cross_entropy
+        x = torch.tensor([[float(i * k % 7) for k in range(301)] for i in range(5)], requires_grad=True)
+        loss = cross_entropy(x, torch.tensor([0, 7, 300, -100, 2]), label_smoothing=0.1, backend="cpu")
+        loss.backward()
+        print(_C.build_info()["cpu_capability"], loss.item(), x.grad.tolist())
+    """
+    asked, plain = (python("-c", program, capability=capability) for capability in ("avx512", "avx2"))
+    assert asked.returncode == 0, asked
+    assert asked.stdout == plain.stdout
+    assert asked.stdout.startswith("avx2 ")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
