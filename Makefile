@@ -84,7 +84,7 @@ cuda: .venv-cuda/deps
 # What a GPU machine without network is spared, made where there is no GPU (15 minutes): see bench/kit.py.
 KIT_PYTHON ?= python3.12
 kit: .venv-kit/deps
-	CUDA_HOME=$(CUDA_HOME) .venv-kit/bin/python -m bench.kit make $(KIT)
+	.venv-kit/bin/python -m bench.kit make $(KIT)
 
 # The torch, Triton and Python of the machine that the kit is for.
 .venv-kit/deps: Makefile
