@@ -153,12 +153,11 @@ def svg(figure: Figure) -> str:
 
 
 def save(records: list[Record], folder: Path, prefix: str) -> list[Path]:
-    """PREFIX-NAME.png and .svg of every figure."""
+    """PREFIX-NAME.png of every figure; the page of ``report`` holds them as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures(records).items():
-        for ending, options in ((".png", {"dpi": 110}), (".svg", {"metadata": {"Date": None}})):
-            written.append(folder / f"{prefix}-{name}{ending}")
-            figure.savefig(written[-1], **options)
+        written.append(folder / f"{prefix}-{name}.png")
+        figure.savefig(written[-1], dpi=110)
         plt.close(figure)
     return written
