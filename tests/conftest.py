@@ -30,17 +30,11 @@ from labelsmooth_kernels import backends
 
 HAS_CUDA = torch.cuda.is_available()
 EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
-SLOW = [
-    "test_bench",
-    "test_cuda_shim",
-    "test_dtensor",
-    "test_parallel",
-    "test_parallel_compile",
-    "test_parallel_soft",
-    "test_parallel_traffic",
-    "test_studies",
-]
-"""Modules of processes, compilers and programs, which ``--quick`` leaves out."""
+SLOW = {
+    "test_bench", "test_cuda_shim", "test_dtensor", "test_every_instruction_set_passes_the_table", "test_parallel",
+    "test_parallel_compile", "test_parallel_soft", "test_parallel_traffic", "test_studies",
+}  # fmt: skip
+"""Modules, and a test, of processes, compilers and programs, which ``--quick`` leaves out."""
 GROUPS: pytest.StashKey[list[covering.Group]] = pytest.StashKey()
 
 
@@ -90,6 +84,11 @@ def is_emulated(item: pytest.Item) -> bool:
     )
 
 
+def is_slow(item: pytest.Item) -> bool:
+    named = {item.path.stem, item.name.partition("[")[0]} & SLOW
+    return bool(named) or item.get_closest_marker("slow") is not None
+
+
 def claims_of(item: pytest.Item) -> covering.Claims:
     if marker := item.get_closest_marker("claims"):
         return frozenset(marker.args[0](**item.callspec.params))
@@ -110,8 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_emulated(item):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    slow = (item for item in items if item.path.stem in SLOW or item.get_closest_marker("slow"))
-    dropped = set(slow) if covering.Mode.quick else set()
+    dropped = {item for item in items if is_slow(item)} if covering.Mode.quick else set()
     if not covering.Mode.whole:
         dropped |= {item for item in items if item.get_closest_marker("repeats")}
     for name, rows in products.items():

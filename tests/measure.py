@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import covering
 import pytest
 import torch
 
@@ -58,7 +59,7 @@ def said_by(item: pytest.Item) -> dict[str, frozenset[Any]]:
                 said[kind] |= value.traits()
             else:
                 plain = isinstance(value, (str, bool, int, float, torch.dtype))
-                said[kind].add(f"{name} {value if plain else callspec.indices[name]}")
+                said[kind].add(f"{name} {value}" if plain else (item.name.partition("[")[0], name, covering.key(value)))
     return {kind: frozenset(values) for kind, values in said.items()}
 
 

@@ -221,10 +221,10 @@ def test_fsdp(tensor_parallel: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [pytest.param(("2",), marks=pytest.mark.repeats), ("4", "--data", "2")], ids=["2", "2 x 2"]
+    "arguments", [("2",), pytest.param(("4", "--data", "2"), marks=pytest.mark.repeats)], ids=["2", "2 x 2"]
 )
 def test_the_example(arguments: tuple[str, ...]) -> None:
-    """Its own check of the curves, at a small size."""
+    """Its own check of the curves, at a small size; test_fsdp has 2 x 2 processes too."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     size, *more = arguments
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, str(PROGRAM)]
