@@ -20,17 +20,36 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-try:
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ImportError as error:  # metadata and source distributions need no torch; build_ext says how to get it
-    torch, TORCH_ERROR, BuildExtension = None, str(error), build_ext
-
 PACKAGE = "labelsmooth_kernels"
 MODES = ("auto", "off", "cpu", "cuda", "sanitize")
 MODE = os.environ.get("LABELSMOOTH_BUILD", "auto")
 if MODE not in MODES:
     raise SystemExit(f"LABELSMOOTH_BUILD={MODE!r} is not one of {', '.join(MODES)}")
+
+
+def cuda_home() -> str:
+    """The folder of a CUDA toolkit. The nvcc on PATH may be a wrapper in a folder without headers, so nvcc is asked."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        folders += re.findall(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
+    tried = [folder for folder in (*folders, "/usr/local/cuda") if folder]
+    for folder in tried:
+        if Path(folder, "include", "cuda_runtime.h").is_file() and Path(folder, "bin", "nvcc").is_file():
+            return str(Path(folder).resolve())
+    raise SystemExit(
+        "LABELSMOOTH_BUILD=cuda needs a CUDA toolkit, 12.4 to 13: set CUDA_HOME to a folder that holds bin/nvcc and "
+        f"include/cuda_runtime.h. None of these does: {', '.join(tried)}"
+    )
+
+
+if MODE == "cuda":
+    os.environ["CUDA_HOME"] = cuda_home()  # read by torch.utils.cpp_extension when it is imported
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:  # metadata and source distributions need no torch; build_ext says how to get it
+    torch, TORCH_ERROR, BuildExtension = None, str(error), build_ext
 
 NO_TORCH = """the C++ extension is compiled against the PyTorch it will run with; torch cannot be imported here ({}).
 Install torch first, then: pip install --no-build-isolation .
@@ -41,8 +60,6 @@ def cuda_flags() -> tuple[list[str], dict[str, str]]:
     """Options of nvcc, and what the doctor tells of them."""
     if torch.version.cuda is None:
         raise SystemExit(f"LABELSMOOTH_BUILD=cuda needs a CUDA build of torch, and this is {torch.__version__}")
-    if CUDA_HOME is None:
-        raise SystemExit("LABELSMOOTH_BUILD=cuda needs nvcc: set CUDA_HOME to the folder of a CUDA toolkit, 12.4 to 13")
     nvcc = subprocess.run([Path(CUDA_HOME, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"release (\d+)\.(\d+)", nvcc.stdout)
     if found is None:

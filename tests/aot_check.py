@@ -1,39 +1,32 @@
 """Compile every Triton kernel ahead of time, without a GPU, in the form that ``launch`` chooses, and read its code.
 
-    python tests/aot_check.py [--md FILE]
+    python tests/aot_check.py [--write] [--tenth N] [--md FILE]
 
 The public operators run on meta tensors with the launch replaced by a compilation, so signatures and specialisation are
 the JIT's own. A kernel fails the check if it spills registers, if its rows do not go through 128-bit accesses whole, or
-if it has more narrow accesses than the scalars of a row and the edges of an unaligned one account for. Exit status 1
-on a failure.
+if it has more narrow accesses than the scalars of a row and the edges of an unaligned one account for; those of the
+tiled linear loss are judged in ``aot_tiled.py``. What is compiled, and what is taken from a table, is the matter of
+``aot_table.py``. Exit status 1 on a failure, and where machine code contradicts the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
-import importlib.util
-import multiprocessing
-import os
-import re
-import subprocess
+import itertools
 import sys
-import tempfile
-import types
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import aot_table
+import aot_tiled
 import torch
+from aot_table import SMS, Launch, kernels_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "labelsmooth_kernels.triton_kernels"
-CAPABILITIES = (80, 90, 100)
-SMS = {80: 108, 90: 132, 100: 148}
 CLASSES = (32000, 50257, 128256, 262144)
 SHAPES = (
     *((dtype, k) for dtype in ("bfloat16", "float32") for k in CLASSES),
@@ -106,85 +99,10 @@ BLOCK_SHAPES = (("bfloat16", 4096),)
 NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 9, 13
 
 
-class Report(NamedTuple):
-    """One compiled kernel."""
-
-    kernel: str
-    mode: str
-    arch: str
-    dtype: str
-    k: int
-    form: str
-    block: int
-    warps: int
-    ctas: int
-    registers: int
-    spills: int
-    shared: int
-    wide_loads: int
-    wide_stores: int
-    narrow_loads: int
-    narrow_stores: int
-    problems: str
-
-
-def kernels_package() -> Any:
-    """The kernels of this source tree, under their installed name, without the package around them."""
-    if PACKAGE not in sys.modules:
-        path = ROOT / "triton_kernels"
-        spec = importlib.util.spec_from_file_location(
-            PACKAGE, path / "__init__.py", submodule_search_locations=[str(path)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules.setdefault(PACKAGE.partition(".")[0], types.ModuleType("parent"))
-        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[PACKAGE])
-    return importlib.import_module(f"{PACKAGE}.logits"), importlib.import_module(f"{PACKAGE}.launch")
-
-
-class _Driver:
-    """What Triton's JIT asks of a driver before it compiles; the device index is the architecture."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@functools.cache
-def disassemble(cubin: bytes) -> tuple[int, int, collections.Counter[str]]:
-    """(registers, shared memory, memory instructions by kind and width) from the tools in Triton's wheel."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        usage = run([tools / "cuobjdump", "-res-usage", file.name]).stdout
-        sass = run([tools / "nvdisasm", "-c", file.name]).stdout
-    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:(\d+)", usage)
-    assert found is not None, usage
-    counts: collections.Counter[str] = collections.Counter()
-    for name, modifiers in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", sass):
-        counts[name + (" wide" if re.search(r"\.(128|256)\b", modifiers) else " narrow")] += 1
-    return int(found[1]), int(found[2]), counts
-
-
-def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, counts: collections.Counter[str]) -> str:
+def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, counts: aot_table.Counts) -> str:
     """What is wrong with one kernel; empty if nothing is."""
     problems = []
-    if any(name.startswith(("LDL", "STL")) for name in counts):
+    if counts.spills:
         problems.append("spills")
     structure = options.get("S")
     if kernel == "merge_kernel" or 1 in (options.get("VEC"), structure and structure.VEC):
@@ -196,12 +114,12 @@ def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, count
     sweeps = 2 if writes and options.get("ONE_BLOCK") is False else 1
     if kernel == "distill_kernel":
         sweeps = 4 if writes else 2
-    if counts["LDG wide"] < vectors * sweeps or (writes and counts["STG wide"] < vectors):
+    if counts.wide_loads < vectors * sweeps or (writes and counts.wide_stores < vectors):
         problems.append(f"fewer than {vectors} 128-bit accesses per thread")
     per_class = mode.vectors or mode.soft == "bfloat16"  # narrow beside unaligned rows, or float32 logits
-    if counts["LDG narrow"] > NARROW_LOADS and not (per_class and structure.EDGES):
+    if counts.narrow_loads > NARROW_LOADS and not (per_class and structure.EDGES):
         problems.append("narrow loads")
-    if counts["STG narrow"] > (PART_STORES if kernel == "split_kernel" else NARROW_STORES):
+    if counts.narrow_stores > (PART_STORES if kernel == "split_kernel" else NARROW_STORES):
         problems.append("narrow stores")
     return ", ".join(problems)
 
@@ -237,7 +155,7 @@ def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int) -> None:
         mode.softcap,
     )
     if mode.op == "distill":
-        importlib.import_module(f"{PACKAGE}.distill").distill(
+        kernels_module("distill").distill(
             logits,
             new(n, k, dtype=dtype),
             target,
@@ -257,81 +175,45 @@ def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int) -> None:
         getattr(ops, mode.op)(logits, *row, new(4, n))
 
 
-def compile_mode(name: str, mode: Mode, capability: int, dtype: str, k: int) -> Iterator[Report]:
-    """The kernels that one call of an operator launches."""
-    from triton.runtime.driver import driver
-
-    logits_ops, launch = kernels_package()
-    driver.set_active(_Driver(capability))
-    launched: list[tuple[str, Any, dict[str, Any]]] = []
-
-    def compile_only(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        launched.append((kernel.fn.__name__, compiled, options))
-
-    launch.run = compile_only
-    with launch.override(machine=launch.Machine(divmod(capability, 10), SMS[capability])):
-        call(logits_ops, mode, getattr(torch, dtype), k)
-    for kernel, compiled, options in launched:
-        registers, shared, counts = disassemble(compiled.asm["cubin"])
-        form = kernel.removesuffix("_kernel")
-        if form == "row":
-            form = "one block" if options["ONE_BLOCK"] else "sweep"
-        size = (options["BLOCK"], options["num_warps"], options["num_ctas"])
-        spills = sum(counts[f"{access} {width}"] for access in ("LDL", "STL") for width in ("narrow", "wide"))
-        accesses = (counts["LDG wide"], counts["STG wide"], counts["LDG narrow"], counts["STG narrow"])
-        problems = judge(kernel, mode, options, getattr(torch, dtype).itemsize, counts)
-        yield Report(
-            kernel, name, f"sm_{capability}", dtype, k, form, *size, registers, spills, shared, *accesses, problems
-        )
-
-
-def compile_shapes(task: tuple[int, str]) -> list[Report]:
-    """All modes and sizes of one architecture and dtype, in a worker process; Triton compiles equal kernels once."""
-    warnings.simplefilter("ignore")
+def launches() -> Iterator[Launch]:
+    """Record what every call of an operator launches, on every architecture."""
     whole = {name: mode for name, mode in OPTIONS.items() if name.startswith("everything")}
-    calls = [
-        (name, mode, k)
-        for modes, shapes in ((MODES, SHAPES), (OPTIONS, OPTION_SHAPES), (whole, BLOCK_SHAPES))
-        for dtype, k in shapes
-        if dtype == task[1]
-        for name, mode in modes.items()
-    ]
-    return [report for name, mode, k in calls for report in compile_mode(name, mode, *task, k)]
+    for capability in SMS:
+        for modes, shapes in ((MODES, SHAPES), (OPTIONS, OPTION_SHAPES), (whole, BLOCK_SHAPES)):
+            for (dtype, k), (name, mode) in itertools.product(shapes, modes.items()):
+                yield from launches_of(capability, name, mode, getattr(torch, dtype), k)
 
 
-def check_all() -> list[Report]:
-    """Every kernel of every architecture and shape, from two processes and an empty compilation cache."""
-    tasks = [(capability, dtype) for capability in CAPABILITIES for dtype in ("float32", "bfloat16", "float16")]
-    os.environ.pop("TRITON_INTERPRET", None)
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            return [report for reports in pool.imap(compile_shapes, tasks, chunksize=1) for report in reports]
-
-
-def table(reports: list[Report]) -> str:
-    """The reports as a Markdown table."""
-    names = [name.replace("_", " ") for name in Report._fields]
-    lines = [names, ["---"] * len(names), *([str(value) for value in report] for report in reports)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def launches_of(capability: int, name: str, mode: Mode, dtype: torch.dtype, k: int) -> Iterator[Launch]:
+    """Record what one call launches."""
+    run = functools.partial(call, kernels_module("logits"), mode, dtype, k)
+    for kernel, options in aot_table.launched(capability, run):
+        form = {True: "one block, ", False: "sweep, ", None: ""}[options.get("ONE_BLOCK")]
+        size = f"block {options['BLOCK']}, {options['num_warps']} warps, {options['num_ctas']} CTAs"
+        said = f"{name}, {str(dtype).removeprefix('torch.')}, K {k}: {form}{size}"
+        yield Launch(kernel, said, functools.partial(judge, kernel.name, mode, options, dtype.itemsize))
 
 
 def main() -> int:
-    """Print the table, and the failures below it."""
-    import triton
-
+    """Print what was compiled, and what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--md", type=Path, help="also write the table here")
+    parser.add_argument("--write", action="store_true", help="write the table anew for this version of Triton")
+    parser.add_argument("--tenth", type=int, choices=range(10), default=aot_table.today(), help="default: the date's")
+    parser.add_argument("--md", type=Path, help="also write a table of every launch here")
     arguments = parser.parse_args()
-    reports = check_all()
-    text = f"Triton {triton.__version__}, {len(reports)} kernels\n\n{table(reports)}\n"
-    print(text)
+    warnings.simplefilter("ignore")
+    every = [*aot_tiled.launches(), *launches()]
+    counts, differ = aot_table.check(every, arguments.tenth, arguments.write)
     if arguments.md:
-        arguments.md.write_text(text)
-    failures = [report for report in reports if report.problems]
-    print(f"{len(failures)} of {len(reports)} kernels fail" if failures else "all kernels pass")
-    return 1 if failures else 0
+        arguments.md.write_text(aot_table.markdown(every, counts))
+    failures = [launch for launch in every if launch.judge(counts[launch.kernel.hash])]
+    if failures:
+        print(aot_table.markdown(failures, counts))
+    for line in differ:
+        print(f"{aot_table.TABLE.name} is contradicted: {line}")
+    wrong = failures or (differ and not arguments.write)
+    print(f"{len(failures)} launches fail, {len(differ)} rows are contradicted" if wrong else "all kernels pass")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
