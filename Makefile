@@ -41,7 +41,7 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict labelsmooth_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* bench/prototypes/*.cu tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 # Compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range of Triton.
 aot: .venv/built .venv/triton36/triton
