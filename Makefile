@@ -41,7 +41,7 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict labelsmooth_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* bench/prototypes/*.cu tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 # The machine code of every Triton kernel on sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range
 # of Triton. Compiled are the kernels that tests/aot_table.csv lacks, which aot-table adds, and a tenth of the others.

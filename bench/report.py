@@ -69,9 +69,10 @@ def of_case(records: list[Record]) -> Table:
         if "ms" not in r:  # held against float64, not timed
             rows.append([name, *[""] * 8, error_cell(r)])
             continue
-        cells = [name, number(r["ms"]), f"{number(r['p20'])} to {number(r['p80'])}", number(r["host_ms"])]
+        spread = f"{number(r['p20'])} to {number(r['p80'])}" if "p20" in r else ""
+        cells = [name, number(r["ms"]), spread, number(r.get("host_ms"))]
         cells += [number(r.get(k)) for k in ("gb_per_s", "tflop_per_s", "percent_of_ceiling", "ratio")]
-        rows.append([*cells, number(r["extra_bytes"] / 1e6), error_cell(r)])
+        rows.append([*cells, memory_cell(r), error_cell(r)])
     return Table(f"{records[0]['group']}: {records[0]['case']}", header, rows)
 
 
