@@ -31,8 +31,9 @@ from labelsmooth_kernels import backends
 HAS_CUDA = torch.cuda.is_available()
 EMULATED = (("triton", "cpu"), ("cuda", "cpu"))
 SLOW = {
-    "test_bench", "test_cuda_shim", "test_dtensor", "test_every_instruction_set_passes_the_table", "test_parallel",
-    "test_parallel_compile", "test_parallel_soft", "test_parallel_traffic", "test_studies",
+    "test_bench", "test_cuda_shim", "test_dtensor", "test_every_instruction_set_passes_the_table", "test_gpu_run",
+    "test_parallel", "test_parallel_compile", "test_parallel_soft", "test_parallel_traffic", "test_prototype",
+    "test_studies",
 }  # fmt: skip
 """Modules, and a test, of processes, compilers and programs, which ``--quick`` leaves out."""
 GROUPS: pytest.StashKey[list[covering.Group]] = pytest.StashKey()

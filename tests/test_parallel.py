@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import interpreting
 import pytest
 import torch
 import torch.distributed as dist
@@ -174,6 +175,7 @@ def test_triton(tmp_path: Path) -> None:
 
 
 def _triton(rank: int, cuts: tuple[int, ...]) -> None:
+    interpreting.quicken()  # conftest does it for the process of the tests, not for ranks
     part = slice(cuts[rank], cuts[rank + 1])
     x, y, *_ = draw(cuts[-1], torch.float32)
     for name, given in options(cuts[-1]).items():
