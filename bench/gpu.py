@@ -37,13 +37,14 @@ STAGES = {
     "logits": 70,
     "counters": 50,
     "linear": 40,
-    "tests": 150,
+    "prototype": 45,
+    "tests": 140,
     "peers": 75,
     "sanitizers": 60,
     "tune": 120,
     "ranks": 30,
 }
-FIRST = ["install", "parity", "logits", "counters", "linear", "tests", "peers"]  # without --again
+FIRST = ["install", "parity", "logits", "counters", "linear", "prototype", "tests", "peers"]  # without --again
 OWN_DEADLINE = ("logits", "linear", "peers", "tune")  # these divide --minutes among their cases
 # Beside as many workers as cores, threads of their own for each made 14 workers take over two minutes to begin.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -85,6 +86,7 @@ def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         "logits": [*figures, "logits"],
         "counters": [*python, "bench.counters", *on],
         "linear": [*figures, "linear"],
+        "prototype": [*python, "bench.prototype", *on] if arguments.device == "cuda" else [],
         "tests": suite(out),
         "peers": [*figures, "peers"],
         "sanitizers": sanitizers(),
