@@ -82,7 +82,7 @@ cuda: .venv-cuda/deps
 	.venv-cuda/bin/python -m pip install --quiet torch==2.11.0 numpy "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-# What a GPU machine without network is spared, made where there is no GPU (15 minutes): see bench/kit.py.
+# What a GPU machine without network is spared, made where there is no GPU (3 minutes): see bench/kit.py.
 KIT_PYTHON ?= python3.12
 kit: .venv-kit/deps
 	.venv-kit/bin/python -m bench.kit make $(KIT)
