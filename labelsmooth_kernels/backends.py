@@ -150,9 +150,9 @@ BACKENDS = {
         Backend(
             "cpu", "C++ kernels, SIMD and threads", ("cpu",), FLOAT_DTYPES, EVERY_OPTION, _load_cpu, ops.define("cpu")
         ),
-        # Before Triton, where it was built. On an H100 (8e5be69, 2026-11-27) forward and backward took 0.89 to 0.995 of
-        # Triton's time at K = 32,000 to 128,256, and a call 0.83 ms of the host for 1.4, which decides where rows are
-        # few. It also serves float64.
+        # Before Triton, where it was built. On an H100 (8e5be69, 1f59dfd, 2026-11-27), K = 32,000 to 128,256, forward
+        # and backward took 0.89 to 1.01 of Triton's time in bfloat16 and float32, 1.05 in float16, and a call 0.83 ms
+        # of the host for 1.4, which decides where rows are few. It also serves float64.
         Backend(
             "cuda",
             "CUDA C++ kernels",

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from heads import EPS, operands
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends
-from labelsmooth_kernels.chunked import rows_per_chunk
+from labelsmooth_kernels.chunked import How, Problem, RowCall, Soft, rows_per_chunk
 
 if TYPE_CHECKING:
     from cases import Place
@@ -59,6 +60,28 @@ def test_r35_a_target_outside_is_named_by_its_own_row(fast_place: Place, bad: in
         return
     loss = lsk.linear_cross_entropy(hidden, weight, y, **call)
     assert loss.isnan().tolist() == [i == 7 for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "dtype", "wanted", "wide"),
+    [
+        (2048 + 128, 2048 + 128, torch.bfloat16, True, True),
+        (2048 + 129, 1104, torch.bfloat16, True, True),
+        (2048 + 128, 1088, torch.bfloat16, False, True),  # no gradient of the weight, no sum
+        (2048 + 128, 1088, torch.float32, True, True),  # the float32 sum is the gradient itself
+        (2048 + 128, 1088, torch.bfloat16, True, False),  # summed in bfloat16
+    ],
+)
+def test_whole_logits_where_the_sum_of_chunks_is_larger(
+    n: int, rows: int, dtype: torch.dtype, wanted: bool, wide: bool
+) -> None:
+    """On a GPU, which fake tensors stand for: D = 64, a bfloat16 GEMM, so up to 2,048 + 128 rows."""
+    with FakeTensorMode():
+        hidden = torch.empty(n, 64, dtype=torch.bfloat16, device="cuda")
+        weight, target = torch.empty(1000, 64, dtype=dtype, device="cuda"), torch.empty(n, dtype=torch.int64)
+        call = RowCall(target, None, None, EPS, None, None, -100, False, False, 0.0, 0.0, 1.0, None)
+        how = How("triton", torch.bfloat16, 1, 0, wide, False, [True, wanted, True])
+        assert Problem((hidden, weight, None), call, Soft(), how).rows == rows
 
 
 def test_the_plan_of_chunks(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from conftest import HAS_CUDA, skip_unless_available
 from heads import EPS, grads_of, operands
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tracing import compiled, compiler
 
 import labelsmooth_kernels as lsk
@@ -97,6 +98,25 @@ def test_the_tiled_path_is_not_left_to_a_backend_without_tiles(monkeypatch: pyte
     choose = backends._choose.__wrapped__
     assert choose("cuda", torch.bfloat16, frozenset({"index target"}), None) == "cuda"
     assert choose("cuda", torch.bfloat16, frozenset({"index target"}) | backends.TILED, None) == "triton"
+
+
+@pytest.mark.parametrize(("method", "needed"), [("tiled", backends.TILED), ("chunked", frozenset())])
+def test_a_head_on_a_gpu_asks_for_tiles_where_it_needs_them(
+    method: str, needed: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def select(rows: Any, more: frozenset[str] = frozenset()) -> Any:
+        asked.append(more)
+        raise LookupError("no kernel is run")
+
+    monkeypatch.setattr(backends, "select", select)
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(rows, 8, device="cuda") for rows in (6, 30))
+        target = torch.empty(6, dtype=torch.int64, device="cuda")
+        with pytest.raises(LookupError):
+            lsk.linear_cross_entropy(hidden, weight, target, method=method)
+    assert asked == [needed]
 
 
 def test_the_tiled_path_says_what_it_refuses() -> None:
