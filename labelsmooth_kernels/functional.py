@@ -95,7 +95,7 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
             missed.
         return_stats: also return :class:`RowStats` (nll, lse, confidence, prediction), detached, each of the shape of
             target; ``"entropy"`` adds the entropy of p, ``"all"`` also the variance of z under p and Σ p².
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None takes the best that can serve the call.
 
     Returns:
         The loss, float32 for half-precision input (float64 for fp64); with ``return_stats`` a pair (loss, RowStats).
