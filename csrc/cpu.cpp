@@ -1,5 +1,4 @@
 // The operators of the CPU: cpu_passes.cpp does the work.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "cpu_passes.h"

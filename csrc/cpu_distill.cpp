@@ -2,7 +2,6 @@
 //
 // Bytes: student and teacher are read from memory once and the gradient is written once; the second reading of a row
 // finds it in the second-level cache. Six exponentials per class: three for the sums, three for the gradient.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

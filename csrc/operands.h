@@ -2,7 +2,9 @@
 // The schemas and the semantics of the operators stand in labelsmooth_kernels/ops.py.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -113,7 +115,7 @@ struct Prepared {
     }
     set_column(call.weight, weight, "weight", logits, call.k, false);
     set_column(call.prior, prior, "prior", logits, call.k, false);
-    if (weight && prior) rest = *weight * *prior;
+    if (weight && prior) rest = weight->mul(*prior);
     set_column(call.rest, rest ? rest : weight ? weight : prior, "weight", logits, call.k, false);
     call.eps.fallback = eps;
     set_column(call.eps, eps_rows, "eps_rows", logits, call.n, true);

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .spec import FLOAT_DTYPES, ArgumentError, Rows
+from .spec import FLOAT_DTYPES, ArgumentError, Rows, constant_in_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -210,7 +210,7 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
     raise ArgumentError(f"input must be on one of the devices {BACKENDS['reference'].devices}, got {device!r}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, while tracing
+@constant_in_graphs  # torch.compile asks once, while tracing
 def _choose_name(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> str:
     return _choose(device, dtype, features, named)
 

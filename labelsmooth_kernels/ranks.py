@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fusing import fused, fuses
 from .shards import Found, Layout, Whole, merge, packed
-from .spec import ArgumentError, Rows, check_index_targets
+from .spec import ArgumentError, Rows, check_index_targets, outside_graphs
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
@@ -115,7 +115,7 @@ class told:  # noqa: N801  # with told(group, input):
         if isinstance(error, Exception):
             self._tell(error)
 
-    @torch.compiler.disable(reason="an argument of labelsmooth_kernels.parallel is refused: plain Python tells which")  # type: ignore[untyped-decorator]
+    @outside_graphs("an argument of labelsmooth_kernels.parallel is refused: plain Python tells which")
     def _tell(self, error: Exception) -> None:
         served = [device.type for device in self.group._device_types]
         device = torch.device("cpu" if "cpu" in served else served[0])

@@ -56,6 +56,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("labelsmooth_kernels", "how much of the suite runs; see tests/covering.py")
     group.addoption("--whole", action="store_true", help="run every row of every product, in the emulations too")
     group.addoption("--quick", action="store_true", help="run neither the emulations nor what is marked slow")
+    group.addoption("--design", action="store_true", help="thin every product, as where its rows are emulated")
+
+
+def pytest_report_header() -> str:
+    """Say which kernels of the CPU the run is about."""
+    if backends.BACKENDS["cpu"].unavailable() is not None:
+        return "instruction set: none, for the kernels of the CPU are not built"
+    from labelsmooth_kernels import _C
+
+    return "instruction set: {cpu_capability} ({cpu_reason})".format(**_C.build_info())
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,7 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[GROUPS] = []
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if is_emulated(item):
+        if is_emulated(item) or (config.getoption("--design") and hasattr(item, "callspec")):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped = {item for item in items if is_slow(item)} if covering.Mode.quick else set()
     if not covering.Mode.whole:

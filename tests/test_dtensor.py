@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -220,11 +222,24 @@ def test_fsdp(tensor_parallel: bool, tmp_path: Path) -> None:
     spawn(_fsdp, 4, tmp_path, tensor_parallel)
 
 
-@pytest.mark.parametrize(
-    "arguments", [("2",), pytest.param(("4", "--data", "2"), marks=pytest.mark.repeats)], ids=["2", "2 x 2"]
-)
-def test_the_example(arguments: tuple[str, ...]) -> None:
-    """Its own check of the curves, at a small size; test_fsdp has 2 x 2 processes too."""
+def _example(rank: int) -> None:
+    sys.path.insert(0, str(PROGRAM.parent))
+    program = importlib.import_module(PROGRAM.stem)
+    words = torch.randint(2000, (10_000,), generator=torch.Generator().manual_seed(0))
+    vars(program)["read_words"] = lambda _: (words, None)  # to read text takes half of the test
+    small = argparse.Namespace(device="cpu", data=1, vocabulary=2000, steps=3, rows=4, bound=1e-4)
+    assert program.run(small)
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """Its own check of the curves, at a small size."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    spawn(_example, 2, tmp_path)
+
+
+@pytest.mark.repeats  # test_data_parallel starts a program by torchrun, and test_fsdp has 2 x 2 processes
+@pytest.mark.parametrize("arguments", [("2",), ("4", "--data", "2")], ids=["2", "2 x 2"])
+def test_the_example_by_torchrun(arguments: tuple[str, ...]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     size, *more = arguments
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, str(PROGRAM)]

@@ -92,7 +92,7 @@ def test_a_fault_and_a_hang_cost_one_row_each(monkeypatch: pytest.MonkeyPatch) -
     piece = parity.Piece("cpu", torch.float32, "gradient", "cpu")
     checks = piece.checks()[:1] * 4
     monkeypatch.setattr(parity.Piece, "checks", lambda self: checks)
-    monkeypatch.setattr(parity, "START_S", 20.0)
+    monkeypatch.setattr(parity, "START_S", 5.0)
     popen = subprocess.Popen
     monkeypatch.setattr(
         parity.subprocess,

@@ -97,20 +97,18 @@ def test_torch_func(place: Place) -> None:
 
 
 @compiler
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_r24_compiled_as_eager(fast_place: Place, reduction: str) -> None:
+def test_r24_compiled_as_eager(fast_place: Place, reduction: str, dynamic: bool) -> None:
     """256 rows, a random ignore mask; no graph break, static and dynamic, forward and backward."""
     n = 256 if fast_place not in EMULATED else 20  # an emulation takes a second for a hundred rows
     *leaves, y = operands(n, 32, 64, fast_place)
     y = torch.where(torch.rand(n, generator=torch.Generator().manual_seed(0)).to(y.device) < 0.3, -100, y)
     call = {"reduction": reduction, "label_smoothing": EPS, "chunk_rows": n // 4, "backend": fast_place[0]}
     loss = lambda h, w, b, y: lsk.linear_cross_entropy(h, w, y, linear_bias=b, **call)  # noqa: E731
-    want = loss(*leaves, y)
-    expected = grads_of(want, leaves)
-    for dynamic in (False, True):
-        got = compiled(loss, dynamic=dynamic)[0](*leaves, y)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(grads_of(got, leaves), expected)
+    want, got = loss(*leaves, y), compiled(loss, dynamic=dynamic)[0](*leaves, y)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads_of(got, leaves), grads_of(want, leaves))
 
 
 @pytest.mark.claims.with_args(lambda fast_place: {"inductor"})  # what it rearranges is around the operators
@@ -181,18 +179,18 @@ def test_no_step_waits_for_the_device(fast_place: Place, method: str, monkeypatc
         chunked.forward(*parameters, *row, *how, True, [True] * 3, 0)
 
 
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_opcheck(fast_place: Place, name: str) -> None:
+def test_opcheck(fast_place: Place, name: str, dtype: torch.dtype, wanted: tuple[bool, ...]) -> None:
     """Schema, fake implementation and tracing of the chunked operators."""
     op = getattr(torch.ops.labelsmooth_kernels, f"chunked_{name}").default
-    for dtype in (torch.float32, torch.bfloat16):
-        *leaves, y = (t.detach() for t in operands(9, 8, 30, fast_place))
-        row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 0.0, 1.0, None)
-        for wanted in ([True] * 3, [False, True, False]):
-            how = (None, None, None, 1.0, fast_place[0], dtype, 1, 4, True, False, wanted)
-            saved = torch.stack([torch.randn(9), torch.rand(9) + 1, torch.ones(9), torch.full((9,), 30.0)])
-            last = 1 if name == "forward" else saved.to(y.device)
-            torch.library.opcheck(op, (*leaves, *row, *how, last))
+    *leaves, y = (t.detach() for t in operands(9, 8, 30, fast_place))
+    row = (y, None, None, EPS, None, torch.rand(9, device=y.device), -100, False, False, 0.0, 0.0, 1.0, None)
+    how = (None, None, None, 1.0, fast_place[0], dtype, 1, 4, True, False, list(wanted))
+    saved = torch.stack([torch.randn(9), torch.rand(9) + 1, torch.ones(9), torch.full((9,), 30.0)])
+    last = 1 if name == "forward" else saved.to(y.device)
+    torch.library.opcheck(op, (*leaves, *row, *how, last))
 
 
 # ---- mixed precision, checkpoints, processes

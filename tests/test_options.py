@@ -28,20 +28,21 @@ FINITE = [case for case in CASES if not case.large and is_finite(case)]
 
 
 @pytest.mark.parametrize("smoothing", ["uniform", "others"])
-@pytest.mark.parametrize("eps", [0.05, 0.3])
-def test_descent_ends_at_the_closed_form_optimum(smoothing: str, eps: float) -> None:
-    """Plain gradient steps from zero end at the gap, where the loss is the entropy of q."""
-    k = 10
-    x, y = torch.zeros(1, k, dtype=torch.float64, requires_grad=True), torch.tensor([3])
-    for _ in range(4000):
-        loss = lsk.cross_entropy(x, y, label_smoothing=eps, smoothing=smoothing, backend="reference")
-        (grad,) = torch.autograd.grad(loss, x)
-        x = (x - 2.0 * grad).detach().requires_grad_()
-    gap = x[0, 3] - torch.cat([x[0, :3], x[0, 4:]])
-    on, off = (1 - eps + eps / k, eps / k) if smoothing == "uniform" else (1 - eps, eps / (k - 1))
-    assert (gap - math.log(on / off)).abs().max() < 1e-9
-    assert abs(reference.optimal_gap(eps, k, smoothing) - math.log(on / off)) < 1e-12
-    assert abs(loss.item() + on * math.log(on) + (k - 1) * off * math.log(off)) < 1e-12
+def test_descent_ends_at_the_closed_form_optimum(smoothing: str) -> None:
+    """Plain gradient steps from zero end at the gap, where the loss is the entropy of q; a row for each ε."""
+    k, every = 10, [0.05, 0.3]
+    x, y = torch.zeros(2, k, dtype=torch.float64, requires_grad=True), torch.tensor([3, 3])
+    call = {"label_smoothing": torch.tensor(every, dtype=torch.float64), "smoothing": smoothing, "reduction": "none"}
+    for _ in range(2000):
+        loss = lsk.cross_entropy(x, y, backend="reference", **call)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        x = (x - 4.0 * grad).detach().requires_grad_()
+    gaps = x[:, 3:4] - torch.cat([x[:, :3], x[:, 4:]], 1)
+    for eps, gap, value in zip(every, gaps, loss.tolist(), strict=True):
+        on, off = (1 - eps + eps / k, eps / k) if smoothing == "uniform" else (1 - eps, eps / (k - 1))
+        assert (gap - math.log(on / off)).abs().max() < 1e-9
+        assert abs(reference.optimal_gap(eps, k, smoothing) - math.log(on / off)) < 1e-12
+        assert abs(value + on * math.log(on) + (k - 1) * off * math.log(off)) < 1e-12
     assert reference.optimal_gap(0.0, k, smoothing) == INF
 
 

@@ -102,7 +102,7 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
 
 def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
     part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
-    for dtype in PRECISE if backend is None else (torch.float64,):
+    for j, dtype in enumerate(PRECISE if backend is None else (torch.float64,)):
         _, y, hidden, head = draw(cuts[-1], dtype)
         cases = options(cuts[-1])
         cases |= {f"finite, {name}": cases[name] | {"smooth_over": "finite"} for name in ("uniform", "others", "prior")}
@@ -118,7 +118,7 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
             want_grads = list(torch.autograd.grad(want[0], full, seed))
             mine = slice(rank * N // size, (rank + 1) * N // size)
             ways = (("all", None), ("scatter", 2), ("none", 5), ("all", 5))
-            for reduce, chunk in ways if name in ("none", "finite, by rows") else ways[i % 2 :: 2]:
+            for reduce, chunk in ways if name in ("none", "finite, by rows") else (ways[(i + j) % 4],):
                 rows = mine if reduce == "scatter" else slice(None)
                 leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part], bias[part])]
                 got = parallel.linear_cross_entropy(

@@ -178,7 +178,7 @@ def test_any_call_is_the_oracles_elsewhere(backend: str) -> None:
     small = (backend, "cpu") in EMULATED
 
     @settings(
-        max_examples=40 if small and not Mode.whole else 60,
+        max_examples=25 if small and not Mode.whole else 60,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,6 +82,18 @@ def test_public_names_are_pinned() -> None:
         "one frozen object holds every option"
     )
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_import_loads_no_compiler() -> None:
+    """torch._dynamo takes 2.5 s and 70 MB; the marks that torch.compiler would set with it are these."""
+    program = "import sys, labelsmooth_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    theirs = torch.compiler.assume_constant_result(lambda: 1), torch.compiler.disable(lambda: 1, reason="why")
+    ours = spec.constant_in_graphs(lambda: 1), spec.outside_graphs("why")(lambda: 1)
+    assert vars(theirs[0]) == vars(ours[0])
+    for name in ("_torchdynamo_disable", "_torchdynamo_disable_msg"):
+        assert vars(theirs[1])[name] == vars(ours[1])[name]
+    assert ours[1]() == 1
 
 
 @pytest.mark.parametrize("name", ["weights", "merge", "row_loss", "dz"])

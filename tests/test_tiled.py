@@ -315,10 +315,9 @@ def test_what_is_not_served(linear: Any) -> None:
             linear.forward(*given.operands, *(value if i == j else v for j, v in enumerate(given.row)), 0)
 
 
-def zipf(n: int, d: int, dtype: torch.dtype, noise: float, sure: float = 0.0) -> Given:
-    """16,384 classes sorted by frequency, probabilities of about 1/rank, targets drawn from them; ``sure`` is added to
-    the logit of a row's target, as training does."""
-    k = 16384
+def zipf(k: int, n: int, d: int, dtype: torch.dtype, noise: float, sure: float = 0.0) -> Given:
+    """Classes sorted by frequency, probabilities of about 1/rank, targets drawn from them; ``sure`` is added to the
+    logit of a row's target, as training does."""
     rng = torch.Generator().manual_seed(n)
     hidden, weight = torch.randn(n, d, generator=rng), torch.randn(k, d, generator=rng) * noise / d**0.5
     bias = -torch.arange(1.0, k + 1).log()
@@ -349,7 +348,7 @@ def skipped(linear: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tenso
 @pytest.mark.parametrize(("sure", "at_least"), [(0.0, 0.1), (18.0, 0.6)])
 def test_filter_is_worth_it_and_exact_enough(linear: Any, skipped: list[Tensor], sure: float, at_least: float) -> None:
     """Rows as flat as a vocabulary, and rows that are sure of their target: against PyTorch in bfloat16."""
-    given = zipf(16, 32, torch.bfloat16, 0.5, sure)
+    given = zipf(16384, 16, 32, torch.bfloat16, 0.5, sure)
     got = run(linear, given, default_filter_eps(torch.bfloat16), (True, True, False))
     assert (share := float(skipped[0].float().mean())) > at_least, f"only {share:.0%} of the tiles are skipped"
     z, _, oracle = evaluate(given, torch.float64)
@@ -365,8 +364,8 @@ def test_filter_is_worth_it_and_exact_enough(linear: Any, skipped: list[Tensor],
 def test_filter_keeps_sums_and_targets(linear: Any, skipped: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """With rows of the identity dW is dzᵀ: Σ_k dz_k is 0, no entry is off by the filter, none at a target is off."""
     monkeypatch.setattr(linear, "_BUDGET", 1.0)  # as much as can be skipped
-    given = zipf(16, 16, SINGLE, 0.5)._replace(hidden=torch.eye(16, device=DEVICE))
-    given.target[-4:] = torch.tensor([16383, 12345, 9999, 5000], device=DEVICE)  # where p alone would be skipped
+    given = zipf(8192, 16, 16, SINGLE, 0.5)._replace(hidden=torch.eye(16, device=DEVICE))
+    given.target[-4:] = torch.tensor([8191, 6172, 4999, 2500], device=DEVICE)  # where p alone would be skipped
     got = run(linear, given, 2.0**-12)
     assert skipped[0].float().mean() > 0.5
     want = evaluate(given, torch.float64)[2][1]
