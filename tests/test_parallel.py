@@ -102,7 +102,8 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
 
 def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
     part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
-    for j, dtype in enumerate(PRECISE if backend is None else (torch.float64,)):
+    wide = backend is None and ranks.MANY != 2  # how ranks merge is not a matter of dtypes
+    for j, dtype in enumerate(PRECISE if wide else (torch.float64,)):
         _, y, hidden, head = draw(cuts[-1], dtype)
         cases = options(cuts[-1])
         cases |= {f"finite, {name}": cases[name] | {"smooth_over": "finite"} for name in ("uniform", "others", "prior")}
