@@ -73,6 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
     covering.Mode.whole, covering.Mode.quick = config.getoption("--whole"), config.getoption("--quick")
     for marker in (
         "claims(function): what a row of this test's product is there for, made of its parameters",
+        "thin: rows of this test are thinned on every backend, because what they cost is not the kernels",
         "emulated: every row of this test runs in an emulation, although no parameter says so",
         "slow: left out by --quick",
         "repeats: runs under --whole alone, because other rows of its test do the same",
@@ -118,7 +119,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[GROUPS] = []
     products: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if is_emulated(item) or (config.getoption("--design") and hasattr(item, "callspec")):
+        everywhere = item.get_closest_marker("thin") or (config.getoption("--design") and hasattr(item, "callspec"))
+        if is_emulated(item) or (everywhere and not covering.Mode.quick):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped = {item for item in items if is_slow(item)} if covering.Mode.quick else set()
     if not covering.Mode.whole:

@@ -72,6 +72,14 @@ def cover(
     return [rows[i] for i in sorted(chosen)]
 
 
+def in_half(*levels: int) -> bool:
+    """Whether a row is in the half of a product in which every pair of levels of two of its factors occurs.
+
+    ``levels`` are the row's, counted from 0, of at least three factors that have two levels or more. ``--whole``: all.
+    """
+    return Mode.whole or sum(levels) % 2 == 0
+
+
 class Group(NamedTuple):
     """The rows of one test that an emulation runs, and those of its design."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from covering import Mode
 from torch import Tensor
 
 from labelsmooth_kernels import ranks
@@ -80,11 +81,14 @@ def spawn(run: Callable[..., None], size: int, folder: Path, *arguments: object,
     multiprocessing.set_forkserver_preload(
         ["torch.distributed.tensor", "torch._dynamo", "labelsmooth_kernels.parallel"]
     )
-    given = (run, size, f"{folder}/{uuid.uuid4()}", seconds, arguments)
+    given = (run, size, f"{folder}/{uuid.uuid4()}", seconds, Mode.whole, arguments)
     torch.multiprocessing.start_processes(_begin, given, nprocs=size, start_method="forkserver")
 
 
-def _begin(rank: int, run: Callable[..., None], size: int, store: str, seconds: float, arguments: Any) -> None:
+def _begin(
+    rank: int, run: Callable[..., None], size: int, store: str, seconds: float, whole: bool, arguments: Any
+) -> None:
+    Mode.whole = whole
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", datetime.timedelta(seconds=seconds), rank=rank, world_size=size)
     run(rank, *arguments)

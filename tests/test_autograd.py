@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.claims.with_args(lambda name, backend, reduction: {(backend, name), (backend, reduction)})
+@pytest.mark.thin
 @pytest.mark.parametrize("reduction", ["default", "none"])
 @pytest.mark.parametrize("backend", [name for name, b in backends.BACKENDS.items() if torch.float64 in b.dtypes])
 @pytest.mark.parametrize("name", OPTIONS)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from cases import CASES, run_case
 from conftest import EMULATED, GROUPS, HAS_CUDA
-from covering import Mode, cover, pairs, union
+from covering import Mode, cover, in_half, pairs, union
 from parity import Row, claims, rows_of_the_table
 from twin import BUGS, plant
 
@@ -31,6 +31,16 @@ def test_a_design_prefers_what_costs_less() -> None:
     rows = [("slow", 9.0), ("quick", 1.0), ("other", 1.0)]
     kept = cover(rows, lambda row: frozenset({"other"} if row[0] == "other" else {"same"}), lambda row: row[1])
     assert kept == rows[1:]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (14, 3, 4), (18, 4, 4)])
+def test_half_of_a_product_keeps_every_pair(sizes: tuple[int, ...]) -> None:
+    rows = list(itertools.product(*map(range, sizes)))
+    half = [row for row in rows if sum(row) % 2 == 0]
+    assert [row for row in rows if in_half(*row)] == (rows if Mode.whole else half)
+    assert len(half) * 2 == len(rows)
+    for a, b in itertools.combinations(range(len(sizes)), 2):
+        assert len({(row[a], row[b]) for row in half}) == sizes[a] * sizes[b]
 
 
 def test_one_row_alone_is_kept() -> None:

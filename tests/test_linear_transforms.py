@@ -96,6 +96,7 @@ def test_torch_func(place: Place) -> None:
 # ---- compilers
 
 
+@pytest.mark.thin
 @compiler
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from covering import in_half
 from sharded import (
     CUTS,
     EPS,
@@ -43,9 +44,10 @@ pytestmark = needs_gloo
 # ---- one device's numbers
 
 
-def _logits(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
+def _logits(rank: int, cuts: tuple[int, ...], backend: str | None, place: int | None = None) -> None:
+    """``place``: that of the cuts in a design over cuts, dtypes and cases, which None leaves whole."""
     part = slice(cuts[rank], cuts[rank + 1])
-    for dtype in (torch.float64, torch.float32):
+    for j, dtype in enumerate((torch.float64, torch.float32)):
         x, y, *_ = draw(cuts[-1], dtype)
         masked = x.where((torch.arange(x.shape[1]) % 3 != 0) | (torch.arange(N)[:, None] > 5), -torch.inf)
         masked[torch.arange(N), y.clamp_min(0)] = 1.0
@@ -56,7 +58,9 @@ def _logits(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
         }
         for name in ("uniform", "others", "class weights and prior"):
             cases[f"finite, {name}"] = (masked, options(cuts[-1])[name] | {"smooth_over": "finite"})
-        for name, (logits, given) in cases.items():
+        for i, (name, (logits, given)) in enumerate(cases.items()):
+            if place is not None and not in_half(i, j, place):
+                continue
             target = of_case(name, y)
             full, mine = (t.clone().requires_grad_() for t in (logits, logits[:, part]))
             want = lsk.cross_entropy(full, target, return_stats="all", **given)
@@ -100,15 +104,16 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
             torch.autograd.grad(loss, at, create_graph=True)
 
 
-def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
+def _linear(rank: int, cuts: tuple[int, ...], backend: str | None, place: int | None = None) -> None:
     part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
-    wide = backend is None and ranks.MANY != 2  # how ranks merge is not a matter of dtypes
-    for j, dtype in enumerate(PRECISE if wide else (torch.float64,)):
+    for j, dtype in enumerate(PRECISE if place is not None else (torch.float64,)):
         _, y, hidden, head = draw(cuts[-1], dtype)
         cases = options(cuts[-1])
         cases |= {f"finite, {name}": cases[name] | {"smooth_over": "finite"} for name in ("uniform", "others", "prior")}
         cases["finite, by rows"] = cases["none"] | {"smooth_over": "finite"}
         for i, (name, given) in enumerate(cases.items()):
+            if place is not None and not in_half(i, j, place):
+                continue
             bias = head[:, 0].contiguous()
             if "finite" in name:
                 bias[0] = -torch.inf
@@ -119,7 +124,7 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None) -> None:
             want_grads = list(torch.autograd.grad(want[0], full, seed))
             mine = slice(rank * N // size, (rank + 1) * N // size)
             ways = (("all", None), ("scatter", 2), ("none", 5), ("all", 5))
-            for reduce, chunk in ways if name in ("none", "finite, by rows") else (ways[(i + j) % 4],):
+            for reduce, chunk in ways if name in ("none", "finite, by rows") else (ways[(i // 2 + j) % 4],):
                 rows = mine if reduce == "scatter" else slice(None)
                 leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part], bias[part])]
                 got = parallel.linear_cross_entropy(
@@ -156,12 +161,12 @@ def test_heavy_classes_in_half_precision(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_logits(cuts: tuple[int, ...], tmp_path: Path) -> None:
-    spawn(_logits, len(cuts) - 1, tmp_path, cuts, None)
+    spawn(_logits, len(cuts) - 1, tmp_path, cuts, None, [*CUTS.values()].index(cuts))
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_a_linear_head(cuts: tuple[int, ...], tmp_path: Path) -> None:
-    spawn(_linear, len(cuts) - 1, tmp_path, cuts, None)
+    spawn(_linear, len(cuts) - 1, tmp_path, cuts, None, [*CUTS.values()].index(cuts))
 
 
 def test_plain_pytorch(tmp_path: Path) -> None:

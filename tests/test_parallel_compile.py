@@ -46,12 +46,12 @@ def _joined(k: int) -> dict[str, dict[str, Any]]:
     return {"plain": {}, "joined": joined, "by rows": given["none"] | {"smoothing": "others"}}
 
 
-def _same(rank: int, whole: bool) -> None:
+def _same(rank: int) -> None:
     """Eager and compiled, forward and backward, to the bit."""
     part = slice(CUTS[rank], CUTS[rank + 1])
     x, y, hidden, head = draw(8, torch.float32)
     soft = x.softmax(1)[:, part]
-    for name, given in (options(8) if whole else _joined(8)).items():
+    for name, given in (options(8) if Mode.whole else _joined(8)).items():
         if name == "class 0 ignored":
             continue
         mine = of_rank(given, part)
@@ -107,17 +107,17 @@ def _sizes(rank: int) -> None:
         bad(x[:, part])
 
 
-def _fused(rank: int, whole: bool) -> None:
+def _fused(rank: int) -> None:
     """As on GPUs: the rows made of all ranks' numbers by a graph of their own, one for every ε; the same bits. Of the
     hundred operations inductor would make kernels of a GPU there, and takes 50 seconds to make some of a CPU here."""
     ranks.fuses = fusing.fuses = lambda device: True  # type: ignore[assignment]
-    if not whole:
+    if not Mode.whole:
         fusing._compiled = functools.cache(lambda f: torch.compile(f, dynamic=True, backend="aot_eager"))  # type: ignore[assignment]
     part = slice(CUTS[rank], CUTS[rank + 1])
     x, y, hidden, head = draw(8, torch.float32)
     given = options(8)["class weights and prior"] | {"smooth_over": "finite"}
     mine = of_rank(given, part)
-    for loss in (lsk.cross_entropy, lsk.linear_cross_entropy) if whole else (lsk.linear_cross_entropy,):
+    for loss in (lsk.cross_entropy, lsk.linear_cross_entropy) if Mode.whole else (lsk.linear_cross_entropy,):
         if loss is lsk.cross_entropy:
             ours, leaves, local = parallel.cross_entropy, [x], [x[:, part]]
             of_mine = lambda grad: [grad[:, part]]  # noqa: E731
@@ -138,12 +138,12 @@ def _fused(rank: int, whole: bool) -> None:
         )  # what is sent, the rows, the gradient's call
 
 
-def _trained(rank: int, whole: bool) -> None:
+def _trained(rank: int) -> None:
     """By inductor, whose every result must have the strides that were announced; and where one rank drops its own."""
     part = slice(CUTS[rank], CUTS[rank + 1])
     x, y, *_ = draw(8, torch.float32)
     by_row = torch.linspace(0, 0.5, len(y))
-    for eps in (0.1, torch.tensor(0.1), by_row) if whole else (by_row,):
+    for eps in (0.1, torch.tensor(0.1), by_row) if Mode.whole else (by_row,):
         grads = []
         for call in (parallel.cross_entropy, torch.compile(parallel.cross_entropy)):
             leaf = x[:, part].clone().requires_grad_()
@@ -212,4 +212,4 @@ def _dtensors(rank: int) -> None:
 
 @pytest.mark.parametrize("run", [_same, _sizes, _trained, _operators, _fused, _mixed, _dtensors])
 def test_one_graph(run: Callable[[int], None], tmp_path: Path) -> None:
-    spawn(run, 2, tmp_path, *([Mode.whole] if run in (_same, _fused, _trained) else []))
+    spawn(run, 2, tmp_path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from covering import in_half
 from sharded import CUTS, N, agree_to_the_bit, draw, needs_gloo, of_rank, options, same_as_one, spawn
 from torch import Tensor
 
@@ -28,10 +29,13 @@ def probabilities(k: int, dtype: torch.dtype) -> Tensor:
     return t
 
 
-def _logits(rank: int, cuts: tuple[int, ...], backend: str | None, many: int = ranks.MANY) -> None:
+def _logits(
+    rank: int, cuts: tuple[int, ...], backend: str | None, many: int = ranks.MANY, place: int | None = None
+) -> None:
+    """``place``: that of the cuts in a design over cuts, dtypes and cases, which None leaves whole."""
     ranks.MANY = many
     part, k = slice(cuts[rank], cuts[rank + 1]), cuts[-1]
-    for dtype in (torch.float64, torch.float32, torch.bfloat16) if backend is None else (torch.float64,):
+    for j, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16) if backend is None else (torch.float64,)):
         x, target = draw(k, dtype)[0], probabilities(k, dtype)
         away = (torch.arange(k) % 3 == 0) & (torch.arange(N)[:, None] < 6)
         away[:2] = torch.arange(k) < cuts[2]  # nothing finite on the first two ranks
@@ -41,7 +45,9 @@ def _logits(rank: int, cuts: tuple[int, ...], backend: str | None, many: int = r
         for name in ("plain", "uniform", "others", "class weights and prior"):
             cases[f"masked, {name}"] = (masked, fitting, options(k)[name])
             cases[f"finite, {name}"] = (masked, fitting, options(k)[name] | {"smooth_over": "finite"})
-        for name, (logits, t, given) in cases.items():
+        for i, (name, (logits, t, given)) in enumerate(cases.items()):
+            if place is not None and not in_half(i, j, place):
+                continue
             full, mine = (
                 [v.clone().requires_grad_() for v in pair] for pair in ((logits, t), (logits[:, part], t[:, part]))
             )
@@ -118,7 +124,8 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_logits(cuts: tuple[int, ...], backend: str | None, tmp_path: Path) -> None:
-    spawn(_logits, len(cuts) - 1, tmp_path, cuts, backend)
+    place = [*CUTS.values()].index(cuts) if backend is None else None
+    spawn(_logits, len(cuts) - 1, tmp_path, cuts, backend, ranks.MANY, place)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

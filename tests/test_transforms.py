@@ -197,6 +197,7 @@ EVERY_OPTION: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin
 @compiler
 @pytest.mark.parametrize("form", ["static", "dynamic", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
