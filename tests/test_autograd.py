@@ -220,7 +220,7 @@ def calls(
     """Arguments of an operator, with few and with all of its optional tensors and outputs."""
     device = logits.device
     if full or name == "target_grad":
-        target = positive(N, K).to(logits)
+        target = positive(N, K).float().to(logits.device)
     vectors = (positive(K).float().to(device), positive(K).float().to(device)) if full else (None, None)
     eps, scale = (positive(N).float().to(device), upstream_for(N, device)) if full else (None, None)
     row = (target, *vectors, 0.1, eps, scale, -100, False, full, 0.1, 0.2 if full else 0.0, 1.5, 5.0 if full else None)
@@ -242,9 +242,9 @@ def test_opcheck(fast_place: Place, name: str) -> None:
     op = getattr(backends.BACKENDS[fast_place[0]].kernels, name)
     thin = fast_place in EMULATED and not Mode.whole
     outputs = cover(OUTPUTS, lambda row: pairs(dict(enumerate(row)))) if thin else OUTPUTS
-    for full in (False, True):
+    for full, dtype in ((False, torch.float32), (True, torch.bfloat16)):  # beside float32 vectors and targets
         of_this = [output for has, *output in outputs if has == full]
-        for arguments in calls(name, *draw(fast_place, N, K), full, of_this):
+        for arguments in calls(name, *draw(fast_place, N, K, dtype), full, of_this):
             torch.library.opcheck(op, arguments)
 
 

@@ -45,11 +45,13 @@ struct Team {
     const int lane = thread_id() % kWarp, warps = in_block / kWarp, blocks = cluster_size();
     if (lane == 0) slots[thread_id() / kWarp] = s;
     block_barrier();
-    s = over_lanes<kGeneral>(slots[lane % warps], warps);
+    s = slots[lane % warps];  // a statement of its own: ThreadSanitizer does not see what a call reads for an argument
+    s = over_lanes<kGeneral>(s, warps);
     if (blocks > 1) {
       if (thread_id() == 0) slots[warps] = s;
       cluster_barrier();
-      s = over_lanes<kGeneral>(of_peer(slots + warps, lane % blocks), blocks);
+      s = of_peer(slots + warps, lane % blocks);
+      s = over_lanes<kGeneral>(s, blocks);
       cluster_barrier();  // a block may end, and with it its shared memory, only after this
     } else {
       block_barrier();  // the slots are free for the next row
