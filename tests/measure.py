@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -86,11 +87,15 @@ def pairs() -> None:
         reader, writer = os.pipe()
         if (child := os.fork()) == 0:  # a second collection in one process would find the modules of the first
             counts = Counts()
-            with contextlib.redirect_stdout(io.StringIO()):
-                pytest.main(["--collect-only", "-q", str(HERE), *arguments], plugins=[counts])
+            sys.path.insert(0, str(HERE.parent))  # for the tests of bench
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                status = pytest.main(["--collect-only", "-q", str(HERE), *arguments], plugins=[counts])
             os.write(writer, f"{counts.tests} {len(counts.whole)} {len(counts.pairs)}".encode())
-            os._exit(0)
-        os.waitpid(child, 0)
+            if status:
+                print(said.getvalue(), file=sys.stderr)
+            os._exit(status)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit("the suite cannot be collected")
         found.append([int(number) for number in os.read(reader, 100).split()])
     print("| | `make test` | `make test-all` |\n|---|--:|--:|")
     names = ("tests", "distinct (test, backend, option, direction, dtype, layout)", "distinct pairs of two of these")
