@@ -51,9 +51,10 @@ def constant_in_graphs(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def outside_graphs(reason: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Keep a function out of what torch.compile traces, and tell ``reason`` where a whole graph was asked for.
+    """Keep a function out of what torch.compile traces; ``reason`` is part of the error under ``fullgraph=True``.
 
-    ``torch.compiler.disable``, called only where torch._dynamo is imported already, and marked for it before.
+    This is ``torch.compiler.disable``, which imports torch._dynamo, put off until somebody else has imported that: the
+    wrapper carries the marks by which the tracer stops at it, and calls the function disabled.
     """
 
     def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from covering import in_half
+from covering import Mode, in_half
 from sharded import (
     CUTS,
     EPS,
@@ -106,7 +106,8 @@ def _layouts(rank: int, cuts: tuple[int, ...]) -> None:
 
 def _linear(rank: int, cuts: tuple[int, ...], backend: str | None, place: int | None = None) -> None:
     part, size = slice(cuts[rank], cuts[rank + 1]), len(cuts) - 1
-    for j, dtype in enumerate(PRECISE if place is not None else (torch.float64,)):
+    every = place is not None or (Mode.whole and backend is None)
+    for j, dtype in enumerate(PRECISE if every else (torch.float64,)):
         _, y, hidden, head = draw(cuts[-1], dtype)
         cases = options(cuts[-1])
         cases |= {f"finite, {name}": cases[name] | {"smooth_over": "finite"} for name in ("uniform", "others", "prior")}
@@ -124,7 +125,8 @@ def _linear(rank: int, cuts: tuple[int, ...], backend: str | None, place: int | 
             want_grads = list(torch.autograd.grad(want[0], full, seed))
             mine = slice(rank * N // size, (rank + 1) * N // size)
             ways = (("all", None), ("scatter", 2), ("none", 5), ("all", 5))
-            for reduce, chunk in ways if name in ("none", "finite, by rows") else (ways[(i // 2 + j) % 4],):
+            all_ways = Mode.whole or name in ("none", "finite, by rows")
+            for reduce, chunk in ways if all_ways else (ways[(i // 2 + j) % 4],):
                 rows = mine if reduce == "scatter" else slice(None)
                 leaves = [t.clone().requires_grad_() for t in (hidden[rows], head[part], bias[part])]
                 got = parallel.linear_cross_entropy(

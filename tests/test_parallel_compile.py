@@ -39,11 +39,12 @@ def compiled(
 
 
 def _joined(k: int) -> dict[str, dict[str, Any]]:
-    """Few calls that hold every option: what a graph is given of one does not depend on another."""
+    """Three calls with the options of all those of ``options``: a graph is given each of them in a way of its own."""
     given = options(k)
     names = ("class weights and prior", "z-loss and penalty", "scale and cap", "row and class weights", "normalizer")
     joined = functools.reduce(operator.or_, (given[name] for name in names))
-    return {"plain": {}, "joined": joined, "by rows": given["none"] | {"smoothing": "others"}}
+    by_rows = given["none"] | {"smoothing": "others", "smooth_over": "finite"}
+    return {"sum": given["sum"], "joined": joined, "by rows": by_rows}
 
 
 def _same(rank: int) -> None:
@@ -55,7 +56,7 @@ def _same(rank: int) -> None:
         if name == "class 0 ignored":
             continue
         mine = of_rank(given, part)
-        targets = (y,) if name in ("plain", "others") else (y, soft)
+        targets = (y,) if name in ("plain", "sum", "others") else (y, soft)
         for target in targets:
             run = lambda x, t=target, mine=mine: parallel.cross_entropy(2 * x, t, return_stats=True, **mine)  # noqa: E731
             torch._dynamo.reset()
@@ -133,9 +134,8 @@ def _fused(rank: int) -> None:
             got = ours(*own, y, return_stats="all", **mine | {"label_smoothing": eps})
             want_grads = of_mine(*torch.autograd.grad(want[0], full))
             same_as_one("fused", got, want, torch.autograd.grad(got[0], own), want_grads, torch.float32)
-        assert (
-            torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
-        )  # what is sent, the rows, the gradient's call
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs <= 3, "what is sent, the rows, the gradient's call"
 
 
 def _trained(rank: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
-from covering import in_half
+from covering import Mode, in_half
 from sharded import CUTS, N, agree_to_the_bit, draw, needs_gloo, of_rank, options, same_as_one, spawn
 from torch import Tensor
 
@@ -35,7 +35,8 @@ def _logits(
     """``place``: that of the cuts in a design over cuts, dtypes and cases, which None leaves whole."""
     ranks.MANY = many
     part, k = slice(cuts[rank], cuts[rank + 1]), cuts[-1]
-    for j, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16) if backend is None else (torch.float64,)):
+    number = 3 if backend is None else 2 if Mode.whole else 1
+    for j, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16)[:number]):
         x, target = draw(k, dtype)[0], probabilities(k, dtype)
         away = (torch.arange(k) % 3 == 0) & (torch.arange(N)[:, None] < 6)
         away[:2] = torch.arange(k) < cuts[2]  # nothing finite on the first two ranks
