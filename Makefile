@@ -41,15 +41,20 @@ lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict labelsmooth_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* bench/prototypes/*.cu tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* bench/*.c bench/prototypes/*.cu tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 # The machine code of every Triton kernel on sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range
 # of Triton. Compiled are the kernels that tests/aot_table.csv lacks, which aot-table adds, and a tenth of the others.
+# Then every kernel is launched on a stand-in for the driver of four GPUs, as tests/launches.csv says.
 aot: .venv/deps .venv/triton36/triton
 	$(BIN)/python tests/aot_check.py $(AOT)
 	PYTHONPATH=.venv/triton36 $(BIN)/python tests/aot_check.py $(AOT)
+	$(BIN)/python tests/cuda_shim/build.py shim.so
+	$(BIN)/python tests/launch_check.py $(LAUNCHES) & newest=$$!; \
+	  PYTHONPATH=.venv/triton36 $(BIN)/python tests/launch_check.py $(LAUNCHES); oldest=$$?; wait $$newest && exit $$oldest
 
 aot-table: AOT += --write
+aot-table: LAUNCHES += --write
 aot-table: aot
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own, through the tests of

@@ -7,14 +7,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import aims, report, results, suite
+from . import aims, host, report, results, suite
 from .harness import Row, measure, reason
 from .logits import EAGER, INPLACE
-from .training import recompilations
+from .training import RECOMPILATIONS, recompilations
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Of F.cross_entropy's time over ours, in place, at the smoke run's large case: half of what is aimed at. Out of place
 # the system's search for huge pages, when others are at work, is slower than any kernel.
@@ -27,7 +30,7 @@ LATE_S = 1.0  # less than this is left to no case
 def wanted(arguments: argparse.Namespace, facts: dict[str, Any]) -> list[suite.Entry]:
     """The entries of the groups asked for, without those that an earlier, interrupted run of this commit measured."""
     entries = suite.entries(arguments.device, arguments.cases)
-    known = {entry.case.group for entry in entries} | {"recompilations"}
+    known = {*(entry.case.group for entry in entries), RECOMPILATIONS, *host.GROUPS}
     if unknown := set(arguments.group or ()) - known:
         raise SystemExit(f"--group {' '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
     done = results.measured(arguments.out, facts) if arguments.resume else set()
@@ -56,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         records += add(arguments.out, rows, facts)
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    if not arguments.group or "recompilations" in arguments.group:
-        records += add(arguments.out, recompilations(arguments.device), facts)
+    for rows in beside_entries(arguments):
+        records += add(arguments.out, rows, facts)
     found = aims.of(records)
     if found and arguments.cases == "full":
         print(f"\n{aims.table(found)}")
@@ -67,6 +70,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\nLoad average {facts['load average']}: others were at work, so these times are not to be quoted.")
     print(f"\nadded to {arguments.out}")
     return verdict(records, arguments.cases) or (INCOMPLETE if left_out else 0)
+
+
+def beside_entries(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """What has no entry, because it is counted, or timed in a process of its own."""
+    groups = {*(arguments.group or (RECOMPILATIONS, *host.GROUPS))}
+    if RECOMPILATIONS in groups:
+        yield recompilations(arguments.device)
+    if arguments.device == "cpu" and groups & {*host.GROUPS}:
+        yield host.rows()
 
 
 def add(path: Path, rows: list[Row], facts: dict[str, Any]) -> list[dict[str, Any]]:

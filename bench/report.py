@@ -7,15 +7,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import aims, linear, logits, plot, results
+from . import aims, host, linear, logits, plot, results
 from .results import ROOT
-from .training import TEMPERED
+from .training import RECOMPILATIONS, TEMPERED
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable
 
 Record = dict[str, Any]
+OTHERS = ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", RECOMPILATIONS, *host.GROUPS)
 
 
 class Table(NamedTuple):
@@ -59,7 +60,7 @@ def of_case(records: list[Record]) -> Table:
     header += [f"error: {' / '.join(next((r['errors'] for r in records if 'errors' in r), {}))}"]
     if all("count" in r or "refused" in r for r in records):
         rows = [[r["provider"], str(r.get("count", r.get("refused")))] for r in records]
-        return Table(f"{records[0]['group']}: {records[0]['case']}", ["", "compiled"], rows)
+        return Table(f"{records[0]['group']}: {records[0]['case']}", ["", "count"], rows)
     rows = []
     for r in records:
         name = r["provider"] + (f" ({r['note']})" if "note" in r else "")
@@ -138,10 +139,7 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
         "linear memory": [pivot(mine, "linear", memory_cell, (linear.OURS, linear.UNFUSED, linear.EAGER))],
         "peers": [pivot(mine, "peers", time_cell)],
         "smoothing": [pivot(mine, "cost of smoothing", ratio_cell)],
-        "others": [
-            pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell)
-            for name in ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", "recompilations")
-        ],
+        "others": [pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell) for name in OTHERS],
     }
     made = {f"{device} {name}": "\n\n".join(t.markdown() for t in found if t.rows) for name, found in tables.items()}
     missed = [aim for aim in aims.of(mine) if not aim.met]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OURS = "ours"
+RECOMPILATIONS = "recompilations"
 TEMPERED, COMPOSED = "distillation at a temperature", "F.kl_div and F.cross_entropy"
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # ‖gradient - expected‖ / ‖expected‖
 
@@ -200,7 +201,7 @@ def recompilations(device: str) -> list[Row]:
     for what, calls in changes.items():
         for kind, counter, providers in (("graphs", graphs, losses), ("kernels", triton_kernels, kernels)):
             for name, loss in providers.items():
-                row = Row("recompilations", f"{what}, 8 calls, {kind}", name)
+                row = Row(RECOMPILATIONS, f"{what}, 8 calls, {kind}", name)
                 try:
                     row.count = counter(loss, calls, device)
                 except Exception as error:

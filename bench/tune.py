@@ -1,38 +1,46 @@
 """``python -m bench.tune``: our Triton kernels under every launch plan worth a try, beside the launch table's own.
 
-The rows join the other figures as the group "tune"; what they teach goes into ``triton_kernels/launch.py`` by hand.
+Plans are compiled in processes of their own, as many as there are cores, and timed a few at a time, as they become
+ready; each row is written then. What the deadline cuts off is left out and counted. The rows join the other figures as
+the group "tune"; what they teach goes into ``triton_kernels/launch.py`` by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from labelsmooth_kernels import backends
 
-from . import report, results
+from . import report, results, stand_in
 from .__main__ import INCOMPLETE, minutes
-from .harness import EPS, IGNORED, Case, Inputs, Provider, Results, measure
+from .harness import EPS, IGNORED, Case, Inputs, Provider, Results, Row, measure, reason
 from .logits import COPY, Logits, copy_existing
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.pool import Pool
+
 TABLE = "the launch table"
-KEPT = 6  # plans of a case whose rows are written, beside the table's and the copy's
+TOGETHER = 6  # plans in the same rounds, beside the table's and the copy
+SHOWN = 6  # the fastest of a case
 SHAPES = ((8192, 128256), (16, 128256), (8192, 32000), (32768, 32000), (4096, 151936), (8192, 256000))
+Plan = dict[str, Any]
 
 
-def candidates(case: Case) -> list[dict[str, Any]]:
+def candidates(case: Case) -> list[Plan]:
     """8 to 64 values of a row per thread; clusters where they compile here; splits where rows are few."""
-    from labelsmooth_kernels.triton_kernels import launch
-
-    machine = launch.machine_of(torch.empty(1, device=case.device))
+    machine = _machine(case.device)
     whole = 1 << (case.k - 1).bit_length()
-    found: list[dict[str, Any]] = []
+    found: list[Plan] = []
     for ctas in (1, 2, 4, 8, 16) if machine.clusters and case.backward else (1,):
         for warps in (4, 8, 16, 32):
             if 8 <= whole // (32 * warps * ctas) <= 64:
@@ -49,26 +57,39 @@ def candidates(case: Case) -> list[dict[str, Any]]:
     return found
 
 
-def under(case: Case, plan: dict[str, Any]) -> Provider:
-    """The forward operator alone under a forced plan: the scale kernel of a whole step must not be forced along."""
+def _machine(device: str) -> Any:
     from labelsmooth_kernels.triton_kernels import launch
 
-    kernels = backends.BACKENDS["triton"].kernels
-    assert kernels is not None
+    return launch.machine_of(torch.empty(1, device=device))
+
+
+def _name(plan: Plan) -> str:
+    return " ".join(f"{k}={v}" for k, v in plan.items()) or TABLE
+
+
+def forward(logits: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, case: Case, plan: Plan) -> Any:
+    """The forward operator alone under a forced plan: the scale kernel of a whole step must not be forced along."""
+    from labelsmooth_kernels.triton_kernels import launch
+    from labelsmooth_kernels.triton_kernels.logits import forward as operator
+
+    row = (target, None, None, EPS, None, scale, IGNORED, False, False, 0.0, 0.0, 1.0, None)
+    with launch.override(**plan) if plan else contextlib.nullcontext():
+        return operator(logits, *row, case.backward, 0)
+
+
+def under(case: Case, plan: Plan) -> Provider:
     scale = torch.full((1,), 1 / case.n, device=case.device)
 
     def step(inputs: Inputs) -> Results:
-        with launch.override(**plan) if plan else contextlib.nullcontext():
-            row = (inputs.target, None, None, EPS, None, scale, IGNORED, False, False, 0.0, 0.0, 1.0, None)
-            loss, *_, grad = kernels.forward(inputs.leaves[0].detach(), *row, case.backward, 0)
+        loss, *_, grad = forward(inputs.leaves[0].detach(), inputs.target, scale, case, plan)
         return loss.mean(), *((grad,) if case.backward else ())
 
-    return Provider(" ".join(f"{k}={v}" for k, v in plan.items()) or TABLE, step, exact=True)
+    return Provider(_name(plan), step, exact=True)
 
 
 @dataclass(frozen=True)
 class Plans(Logits):
-    plans: list[dict[str, Any]] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
     baseline: str = TABLE
 
     def providers(self, case: Case) -> list[Provider]:
@@ -77,11 +98,75 @@ class Plans(Logits):
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
-    shapes = ((64, 1000), (1, 4096)) if tiny else SHAPES
+    shapes = ((4, 256), (1, 1024)) if tiny else SHAPES
     dtypes = (torch.bfloat16, torch.float32)
     return [
         Case("tune", n, k, dtype=t, device=device, backward=b) for b in (True, False) for t in dtypes for n, k in shapes
     ]
+
+
+# ---- compiled beforehand, elsewhere
+
+
+def compile_plan(case: Case, plan: Plan, machine: tuple[Any, ...]) -> None:
+    """Fill Triton's cache with what a plan launches on a machine, whichever this one is."""
+    from labelsmooth_kernels.triton_kernels import launch
+
+    with stand_in.compiling(launch, machine):
+        new = torch.empty((case.n, case.k), dtype=case.dtype, device="meta")
+        target, scale = (torch.empty(size, dtype=t, device="meta") for size, t in ((case.n, torch.int64), (1, None)))
+        forward(new, target, scale, case, plan)
+
+
+class Ahead:
+    """Which plans can be timed without waiting for a compiler; without a pool all can."""
+
+    def __init__(self, pool: Pool | None) -> None:
+        self.pool = pool
+        self.jobs: dict[tuple[str, str], Any] = {}
+
+    @staticmethod
+    def _key(case: Case, plan: Plan) -> tuple[str, str]:
+        kernels = {name: value for name, value in plan.items() if name not in ("programs", "splits")}
+        return case.name, _name(kernels)
+
+    def compile(self, case: Case, plans: list[Plan]) -> None:
+        """Ask for the plans of a case, after those of the cases before it."""
+        machine = _machine(case.device)
+        for plan in plans:
+            if self.pool is not None and self._key(case, plan) not in self.jobs:
+                facts = (machine.capability, machine.sms)
+                self.jobs[self._key(case, plan)] = self.pool.apply_async(compile_plan, (case, plan, facts))
+
+    def ready(self, case: Case, plans: list[Plan]) -> list[Plan]:
+        return [plan for plan in plans if self.pool is None or self.jobs[self._key(case, plan)].ready()]
+
+    def failure(self, case: Case, plan: Plan) -> str | None:
+        """Why a plan that is ready cannot be timed."""
+        if self.pool is None:
+            return None
+        try:
+            self.jobs[self._key(case, plan)].get()
+        except Exception as error:  # whatever a compiler raises
+            return reason(error)
+        return None
+
+
+def timed(case: Case, plans: list[Plan], ahead: Ahead, deadline: float) -> Iterator[list[Row]]:
+    """Rows of a few plans at a time, while there is time; the first few have the table's own plan and the copy."""
+    plans, first = list(plans), True
+    while (plans or first) and (left := deadline - time.monotonic()) > 0:
+        batch = ahead.ready(case, plans)[:TOGETHER]
+        if plans and not batch:
+            time.sleep(min(0.05, left))
+            continue
+        broken = {_name(plan): why for plan in batch if (why := ahead.failure(case, plan))}
+        sound = [plan for plan in batch if _name(plan) not in broken]
+        rows = [Row(case.group, case.name, name, refused=why) for name, why in broken.items()]
+        if sound or first:
+            rows += measure(case, Plans(plans=sound), left * len(batch) / len(plans) if plans else left)
+        yield rows if first else [row for row in rows if row.provider not in (TABLE, COPY)]
+        plans, first = [plan for plan in plans if plan not in batch], False
 
 
 def main() -> int:
@@ -89,24 +174,33 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench/results.jsonl"), help="default: %(default)s")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: under TRITON_INTERPRET=1")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: shows that it runs")
-    parser.add_argument("--minutes", type=minutes, default=5, help="for all of it, about; default: %(default)s")
+    parser.add_argument("--minutes", type=minutes, default=5, help="for all of it; default: %(default)s")
     parser.add_argument("--commit", help="of the tree, where it is a copy without git")
     arguments = parser.parse_args()
     if reason := backends.BACKENDS["triton"].unavailable():
         parser.error(f"it times the Triton kernels, and {reason}")
     facts, deadline = results.provenance(arguments.device, arguments.commit), time.monotonic() + 60 * arguments.minutes
-    done, left_out = results.measured(arguments.out, facts), 0
+    done = results.measured(arguments.out, facts)
     every = [case for case in cases(arguments.device, arguments.tiny) if (case.group, case.name) not in done]
-    for i, case in enumerate(every):
-        left = deadline - time.monotonic()
-        if left < 1:
-            print(f"no time was left for {case.name}")
-            left_out += 1
-            continue
-        rows = measure(case, Plans(plans=candidates(case)), left / (len(every) - i))
-        rows.sort(key=lambda row: row.ms or float("inf"))
-        kept = rows[:KEPT] + [row for row in rows[KEPT:] if row.provider in (TABLE, COPY) or row.refused]
-        print(f"\n{report.of_case(results.append(arguments.out, kept, facts)).markdown()}", flush=True)
+    wanted, left_out = {case: candidates(case) for case in every}, 0
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if arguments.device == "cuda":  # a new interpreter each: a process with a GPU cannot be forked
+            workers = max(1, (os.cpu_count() or 2) - 1)
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+        ahead = Ahead(pool)
+        for case, plans in wanted.items():
+            ahead.compile(case, plans)
+        for i, (case, plans) in enumerate(wanted.items()):
+            now, records = time.monotonic(), []
+            for rows in timed(case, plans, ahead, now + (deadline - now) / (len(wanted) - i)):
+                records += results.append(arguments.out, rows, facts)
+            left_out += len(plans) + 2 - len(records)
+            best = sorted(records, key=lambda r: r.get("ms", float("inf")))
+            shown = best[:SHOWN] + [r for r in best[SHOWN:] if r["provider"] in (TABLE, COPY) or "refused" in r]
+            print(f"\n{report.of_case(shown).markdown()}" if shown else f"no time was left for {case.name}", flush=True)
+    if left_out:
+        print(f"\nno time was left for {left_out} rows")
     return INCOMPLETE if left_out else 0
 
 

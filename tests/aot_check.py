@@ -124,9 +124,9 @@ def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, count
     return ", ".join(problems)
 
 
-def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int) -> None:
-    """Call an operator on tensors without memory."""
-    new = functools.partial(torch.empty, device="meta")
+def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int, device: str = "meta") -> None:
+    """Call an operator, as a rule on tensors without memory."""
+    new = functools.partial(torch.empty, device=device)
     n = mode.n
     logits = {
         "rows": new(n, k, dtype=dtype),

@@ -27,14 +27,18 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import triton
 import triton.compiler
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from bench import stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "aot_table.csv"
@@ -101,22 +105,6 @@ class Launch(NamedTuple):
         return Row(triton.__version__, self.kernel.arch, self.kernel.name, self.kernel.hash, self.call, counts)
 
 
-class _Driver:
-    """Answer what Triton's JIT asks of a driver before it compiles; the device index is the architecture."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @functools.cache
 def kernels_module(name: str) -> Any:
     """Import a module of this source tree's kernels under its installed name, without the package around it."""
@@ -138,6 +126,11 @@ def kernels_module(name: str) -> Any:
     return module
 
 
+def compile_for(capability: int) -> None:
+    """Let Triton compile for an architecture, whose number is that of its device."""
+    stand_in.Compiler(divmod(capability, 10), capability).activate()
+
+
 def launched(capability: int, call: Callable[[], None]) -> list[tuple[Kernel, dict[str, Any]]]:
     """Return the kernels that a call on meta tensors launches on a GPU, each with the options of its launch."""
     found = []
@@ -147,7 +140,7 @@ def launched(capability: int, call: Callable[[], None]) -> list[tuple[Kernel, di
 
     launch = kernels_module("launch")
     machine = launch.Machine(divmod(capability, 10), SMS[capability])
-    driver.set_active(_Driver(capability))
+    compile_for(capability)
     with (
         mock.patch.object(triton.compiler, "compile", Kernel),
         mock.patch.object(launch, "run", record),
@@ -183,7 +176,7 @@ _pending: list[Kernel] = []
 def _measure(index: int) -> Counts:
     """Compile one of the kernels that this process was forked with."""
     kernel = _pending[index]
-    driver.set_active(_Driver(kernel.target.arch))
+    compile_for(kernel.target.arch)
     compiled = triton.compile(kernel.source, target=kernel.target, options=kernel.options)
     return read(compiled.asm["cubin"], kernel.target.arch, compiled.metadata.shared)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
-from bench import counters, first, gpu, kit, logits, parity, results
+from bench import counters, first, gpu, harness, kit, logits, parity, results, tune
 
 COMMAND = ["bench.gpu", "--device", "cpu", "--commit", "abc", "--minutes", "1"]
 
@@ -176,6 +177,79 @@ def test_the_summary_tells_what_missed_its_prediction() -> None:
     assert "| 2.20 | +50 % **missed** |" in miss
     assert first.predicted(record | {"provider": logits.EAGER}) is None
     assert first.predicted(rows[0] | {"device": "cpu"}) is None
+
+
+AHEAD = """
+import multiprocessing, pathlib, sys
+import torch
+from bench import stand_in, tune
+from bench.harness import Case
+from labelsmooth_kernels.triton_kernels import launch
+
+case, machine = Case("tune", 64, 32000, device="meta"), stand_in.GPUS["H100"][:2]
+plans = [{"form": "sweep", "block": 4096, "warps": 8, "ctas": 1, "programs": 132 * p} for p in (1, 2)]
+broken = {"form": "sweep", "block": 4095, "warps": 8}
+with multiprocessing.get_context("spawn").Pool(1) as pool, launch.override(machine=launch.Machine(*machine)):
+    ahead = tune.Ahead(pool)
+    ahead.compile(case, [*plans, broken])
+    assert len(ahead.jobs) == 2, "the number of programs is no matter of a compilation"
+    while len(ahead.ready(case, [*plans, broken])) < 3:
+        pass
+    print(ahead.failure(case, plans[1]), "|", ahead.failure(case, broken))
+    cubins = lambda: set(pathlib.Path(sys.argv[1]).rglob("*.cubin"))
+    made, driver = cubins(), stand_in.driver("H100")
+    driver.activate()
+    new = torch.empty(64, 32000, dtype=case.dtype, device="meta")
+    rows = [torch.empty(64, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")]
+    for plan in plans:
+        tune.forward(new, *rows, case, plan)
+    print(len(made), cubins() == made, [launch.blocks for launch in driver.since(0)])
+"""
+
+
+def test_plans_are_compiled_ahead_in_processes(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", AHEAD, str(tmp_path)]
+    done = subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    why, launches = done.stdout.splitlines()
+    assert why.startswith("None | ")
+    assert "CompilationError" in why
+    assert launches == "1 True [64, 64]", "each launched from the cache"
+
+
+def fake_measure(case: harness.Case, task: tune.Plans, budget_s: float) -> list[harness.Row]:
+    return [harness.Row(case.group, case.name, provider.name, ms=1.0) for provider in task.providers(case)]
+
+
+def test_tuning_writes_rows_as_it_goes_and_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are timed as they become ready; of a compiler that never ends it does not wait beyond the deadline."""
+    case = harness.Case("tune", 64, 1000)
+    plans = [{"form": "sweep", "block": 2048 + i} for i in range(tune.TOGETHER + 3)]
+    monkeypatch.setattr(tune, "measure", fake_measure)
+    monkeypatch.setattr(tune.Ahead, "ready", lambda self, case, plans: [p for p in plans if p["block"] != 2050])
+    monkeypatch.setattr(tune.Ahead, "failure", lambda self, case, plan: "no" if plan["block"] == 2049 else None)
+    begin = time.monotonic()
+    batches = list(tune.timed(case, plans, tune.Ahead(None), begin + 0.5))
+    assert 0.5 <= time.monotonic() - begin < 2
+    providers = [[row.provider.partition("block=")[2] or row.provider for row in rows] for rows in batches]
+    assert providers[0] == ["2049", tune.TABLE, "2048", "2051", "2052", "2053", "2054", logits.COPY]
+    assert providers[1:] == [["2055", "2056"]]
+    assert [row.refused for row in batches[0]][:2] == ["no", None]
+    assert list(tune.timed(case, plans, tune.Ahead(None), begin)) == []
+
+
+def test_tuning_runs_on_a_cpu(tmp_path: Path) -> None:
+    """What time is left for is written, and the exit code says that it is not all."""
+    out = tmp_path / "x.jsonl"
+    command = [sys.executable, "-m", "bench.tune", "--device", "cpu", "--tiny", "--minutes", "0.05", "--out", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "no time was left for" in done.stdout
+    found = {row["provider"] for row in results.load(out)}
+    assert {tune.TABLE, logits.COPY} <= found
 
 
 def test_the_cases_run_on_a_cpu(tmp_path: Path) -> None:

@@ -133,11 +133,19 @@ int compiled_for(void (*)(Parameters...)) {
 
 // As a GPU would that cannot launch anything, or has no room for a cluster.
 inline bool refuse_launches = false, refuse_clusters = false;
+// Launches are written down instead of run.
+struct Launched {
+  std::string kernel;
+  Grid grid;
+};
+inline bool only_write_down = false;
+inline std::vector<Launched> written_down;
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, Arguments... arguments) {
   if (refuse_launches || grid.blocks <= 0 || grid.blocks % grid.cluster != 0 || grid.threads % 32 != 0)
     throw std::runtime_error(refused(name, grid) + "refused");
+  if (only_write_down) return written_down.push_back({name, grid});
   Cluster cluster(grid.cluster * grid.threads);
   for (int rank = 0; rank < grid.cluster; ++rank)
     cluster.blocks.push_back(std::make_unique<Block>(grid.threads, grid.shared_bytes));

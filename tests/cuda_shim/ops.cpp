@@ -1,4 +1,7 @@
 // The operators of the CUDA backend on CPU tensors, for tests: csrc/cuda on the threads of device.h.
+#include <optional>
+#include <string>
+
 #include "../../csrc/operands.h"
 #include "cuda/run.h"
 #include "device.h"
@@ -20,6 +23,34 @@ Device small_device() {
   return device;
 }
 
+// A GPU whose launches are written down instead of run.
+std::optional<Device> pretended;
+
+Device device() { return pretended ? *pretended : small_device(); }
+
+void pretend(int64_t capability, int64_t multiprocessors, int64_t shared_bytes) {
+  pretended = std::nullopt;
+  only_write_down = capability > 0;
+  written_down.clear();
+  if (!only_write_down) return;
+  pretended.emplace();
+  pretended->capability = static_cast<int>(capability);
+  pretended->multiprocessors = static_cast<int>(multiprocessors);
+  pretended->room(shared_bytes);
+}
+
+// A line for each launch since the last look: blocks, threads, bytes of shared memory, cluster, kernel.
+std::string launched() {
+  std::string lines;
+  for (const auto& [kernel, grid] : written_down) {
+    for (const int64_t number : {grid.blocks, int64_t(grid.threads), grid.shared_bytes, int64_t(grid.cluster)})
+      lines += std::to_string(number) + " ";
+    lines += kernel + "\n";
+  }
+  written_down.clear();
+  return lines;
+}
+
 struct Shim {
   static Tensor fresh_like(const Tensor& t) { return at::empty_like(t); }
 
@@ -29,13 +60,13 @@ struct Shim {
       workspace = at::empty({bytes}, logits.options().dtype(at::kByte));
       return workspace.mutable_data_ptr();
     };
-    gpu_forward(call, small_device(), nullptr, allocate);
+    gpu_forward(call, device(), nullptr, allocate);
   }
 
-  static void backward(const Call& call, const Tensor&) { gpu_backward(call, small_device(), nullptr); }
+  static void backward(const Call& call, const Tensor&) { gpu_backward(call, device(), nullptr); }
 
   static void scale(const View& view, const Tensor& rows, const Tensor& scale) {
-    gpu_scale(view, rows.numel() / rows.size(-1), rows.size(-1), scale.const_data_ptr(), small_device(), nullptr);
+    gpu_scale(view, rows.numel() / rows.size(-1), rows.size(-1), scale.const_data_ptr(), device(), nullptr);
   }
 };
 
@@ -46,6 +77,8 @@ TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) { implement<Shim>(m, "cuda"); }
 TORCH_LIBRARY(labelsmooth_cuda_shim, m) {
   m.def("refuse_launches(bool refuse) -> ()", [](bool refuse) { refuse_launches = refuse; });
   m.def("refuse_clusters(bool refuse) -> ()", [](bool refuse) { refuse_clusters = refuse; });
+  m.def("pretend(int capability, int multiprocessors, int shared_bytes) -> ()", pretend);
+  m.def("launched() -> str", launched);
 }
 
 }  // namespace lsk
