@@ -63,12 +63,14 @@ def sanitizers() -> list[str]:
     return ["bash", "-c", " && ".join(f"{program} --error-exitcode 1 --tool {tool} {test}" for tool in tools)]
 
 
-def suite(out: Path) -> list[str]:
-    """The test suite, the tests that only a GPU can fail first, on as many processes as there are cores for."""
+def suite(out: Path, device: str) -> list[str]:
+    """The test suite, the tests that only a GPU can fail first, on as many processes as there are cores for; without a
+    GPU, where it would go to emulations, what ``--quick`` leaves of it."""
     rest = sorted({path.name for path in (results.ROOT / "tests").glob("test_*.py")} - set(TESTS))
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in (*TESTS, *rest)), "-v", "--tb=short"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+        command += ["-n", str(max(2, (os.cpu_count() or 2) - 2)), "--dist", "worksteal"]
+    command += ["--quick"] if device == "cpu" else []
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout", "60"]
     return [*command, "-p", "no:cacheprovider", "--maxfail=150", f"--junitxml={out / 'tests.xml'}"]
@@ -87,7 +89,7 @@ def commands(arguments: argparse.Namespace, out: Path) -> dict[str, list[str]]:
         "counters": [*python, "bench.counters", *on],
         "linear": [*figures, "linear"],
         "prototype": [*python, "bench.prototype", *on] if arguments.device == "cuda" else [],
-        "tests": suite(out),
+        "tests": suite(out, arguments.device),
         "peers": [*figures, "peers"],
         "sanitizers": sanitizers(),
         "tune": [*python, "bench.tune", *on, *(["--tiny"] if arguments.device == "cpu" else [])],

@@ -47,6 +47,8 @@ def _load_cuda_shim() -> str | None:
 
 if not HAS_CUDA:
     interpreting.quicken()
+    if reason := interpreting.unusable():
+        backends.BACKENDS["triton"] = dataclasses.replace(backends.BACKENDS["triton"], load=lambda why=reason: why)
     backends.BACKENDS["cuda"] = dataclasses.replace(
         backends.BACKENDS["cuda"], devices=("cuda", "cpu"), load=_load_cuda_shim
     )

@@ -12,8 +12,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
+import sys
 from typing import Any
+
+
+def unusable() -> str | None:
+    """Why Triton's interpreter cannot run any kernel here: before 3.7 it takes arrays of one element for numbers, which
+    NumPy refuses from 2.4 on."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or "lambda self: int(self.handle.data)" not in inspect.getsource(interpreter):
+        return None
+    numpy = importlib.import_module("numpy")
+    try:
+        int(numpy.ones(1))
+    except TypeError:
+        return f"this Triton's interpreter needs NumPy < 2.4, and this is {numpy.__version__}"
+    return None
 
 
 def quicken() -> None:

@@ -233,14 +233,16 @@ def _example(rank: int) -> None:
 
 def test_the_example(tmp_path: Path) -> None:
     """Its own check of the curves, at a small size."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("matplotlib", "tqdm"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     spawn(_example, 2, tmp_path)
 
 
 @pytest.mark.repeats  # test_data_parallel starts a program by torchrun, and test_fsdp has 2 x 2 processes
 @pytest.mark.parametrize("arguments", [("2",), ("4", "--data", "2")], ids=["2", "2 x 2"])
 def test_the_example_by_torchrun(arguments: tuple[str, ...]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("matplotlib", "tqdm"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     size, *more = arguments
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size, str(PROGRAM)]
     small = ["--vocabulary", "2000", "--steps", "3", "--rows", "4", *more]

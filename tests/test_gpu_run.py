@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_unless_available
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib")
 from bench import counters, first, gpu, harness, kit, logits, parity, results, tune
@@ -242,6 +243,7 @@ def test_tuning_writes_rows_as_it_goes_and_ends_in_time(monkeypatch: pytest.Monk
 
 def test_tuning_runs_on_a_cpu(tmp_path: Path) -> None:
     """What time is left for is written, and the exit code says that it is not all."""
+    skip_unless_available("triton")
     out = tmp_path / "x.jsonl"
     command = [sys.executable, "-m", "bench.tune", "--device", "cpu", "--tiny", "--minutes", "0.05", "--out", str(out)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
