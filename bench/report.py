@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Record = dict[str, Any]
-OTHERS = ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", RECOMPILATIONS, *host.GROUPS)
+OTHERS = ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", RECOMPILATIONS)
 
 
 class Table(NamedTuple):
@@ -127,7 +127,7 @@ def origin(records: list[Record]) -> str:
 
 def blocks(records: list[Record], device: str) -> dict[str, str]:
     """The README's generated parts, by name."""
-    mine = [r for r in records if (r["device"] == "cpu") == (device == "cpu")]
+    mine = [r for r in records if (r["device"] == "cpu") == (device == "cpu") and r["group"] not in host.GROUPS]
     copies = (logits.FRESH_COPY, logits.COPY) if device == "cpu" else (logits.COPY,)
     main = (logits.OURS, logits.INPLACE, logits.EAGER, logits.COMPILED, *copies)
     memory = (logits.OURS, logits.INPLACE, logits.EAGER, logits.COMPILED)
@@ -142,6 +142,10 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
         "others": [pivot([r for r in mine if r["provider"] not in plot.BESIDE], name, time_cell) for name in OTHERS],
     }
     made = {f"{device} {name}": "\n\n".join(t.markdown() for t in found if t.rows) for name, found in tables.items()}
+    if device == "cpu":  # of a machine of its own
+        found = [r for r in records if r["group"] in host.GROUPS]
+        parts = [origin(found), *(pivot(found, name, time_cell).markdown() for name in host.GROUPS)]
+        made[f"{device} host"] = "\n\n".join(parts)
     missed = [aim for aim in aims.of(mine) if not aim.met]
     every = len(aims.of(mine))
     made[f"{device} machine"] = origin(mine)

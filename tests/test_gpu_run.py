@@ -50,6 +50,25 @@ def test_no_stage_stops_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert log.rstrip().endswith("yes")
 
 
+def test_a_build_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = []
+
+    def run(self: gpu.Runner, name: str, command: list[str], limit_s: float, **more: str) -> str:
+        builds.append((name, more))
+        return "failed with exit code 1, 9 s" if more["LABELSMOOTH_BUILD"] == "cuda" else "ok, 2 s"
+
+    monkeypatch.setattr(gpu.Runner, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kit, "FOLDER", tmp_path / "nowhere")
+    runner = gpu.Runner(tmp_path, 100.0)
+    runner.install(3.0)
+    cuda = {"TORCH_CUDA_ARCH_LIST": "9.0", "LABELSMOOTH_BUILD": "cuda"}
+    off = ("install", {"LABELSMOOTH_BUILD": "off"})
+    assert builds == [off, ("build", cuda), off]
+    assert runner.outcomes["install"] == "ok, 2 s; the extension was not built"
+
+
 def test_the_whole_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
     scripts = {"parity": "import time; time.sleep(600)", "tests": "print('never')"}
