@@ -247,10 +247,15 @@ def test_tuning_writes_rows_as_it_goes_and_ends_in_time(monkeypatch: pytest.Monk
     """Plans are timed as they become ready; of a compiler that never ends it does not wait beyond the deadline."""
     case = harness.Case("tune", 64, 1000)
     plans = [{"form": "sweep", "block": 2048 + i} for i in range(tune.TOGETHER + 3)]
-    monkeypatch.setattr(tune, "measure", fake_measure)
-    monkeypatch.setattr(tune.Ahead, "ready", lambda self, case, plans: [p for p in plans if p["block"] != 2050])
-    monkeypatch.setattr(tune.Ahead, "failure", lambda self, case, plan: "no" if plan["block"] == 2049 else None)
     begin = time.monotonic()
+
+    def ready(self: tune.Ahead, case: harness.Case, plans: list[tune.Plan]) -> list[tune.Plan]:
+        assert time.monotonic() < begin + 5, "it waits beyond its deadline"
+        return [plan for plan in plans if plan["block"] != 2050]
+
+    monkeypatch.setattr(tune, "measure", fake_measure)
+    monkeypatch.setattr(tune.Ahead, "ready", ready)
+    monkeypatch.setattr(tune.Ahead, "failure", lambda self, case, plan: "no" if plan["block"] == 2049 else None)
     batches = list(tune.timed(case, plans, tune.Ahead(None), begin + 0.5))
     assert 0.5 <= time.monotonic() - begin < 2
     providers = [[row.provider.partition("block=")[2] or row.provider for row in rows] for rows in batches]
