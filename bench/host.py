@@ -124,7 +124,6 @@ def measure(rounds: int) -> list[Row]:
             failed[name] = reason(error)
             continue
         served[name] = (lambda *given, backend=backend, **more: lsk.cross_entropy(*given, backend=backend, **more)), own
-    torch.set_num_threads(1)
     for case in CASES:
         said = f"{N} × {K:,}, {case}"
         steps = {name: step(case, loss) for name, (loss, _) in served.items()}
