@@ -305,7 +305,7 @@ def _refuse_tangents_of_options(tangents: tuple[Tensor | None, ...]) -> None:
 
 def _folded(size: int, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """The tensors of one call with ``size`` times the rows: (logits, target, weight, prior, eps[, saved, upstream]),
-    those that are not batched repeated, without a copy where strides allow."""
+    those that are not batched repeated, without a copy where the operators take any strides."""
 
     def batch_first(i: int) -> Tensor | None:
         tensor, dim = tensors[i], in_dims[i]
@@ -321,13 +321,13 @@ def _folded(size: int, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, .
     assert target is not None
     logits = classes_last(logits)
     n = logits.shape[:-1].numel() // size
-    target = classes_last(target) if target.is_floating_point() else target.reshape(-1)
+    target = classes_last(target) if target.is_floating_point() else target.reshape(-1).contiguous()
     if eps is not None:
-        eps = eps.expand(size, n).reshape(-1)
+        eps = eps.expand(size, n).reshape(-1).contiguous()  # a view, where each of the batch has one row
     folded = [logits, target, tensors[2], tensors[3], eps]
     for tensor in more:  # saved (4, N), then upstream (N,)
         assert tensor is not None
-        folded.append(tensor.movedim(0, -2).flatten(-2))
+        folded.append(tensor.movedim(0, -2).flatten(-2).contiguous())
     return folded
 
 

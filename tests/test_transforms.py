@@ -97,6 +97,20 @@ def test_vmap(place: Place, probabilities: bool, f: Any) -> None:
     batched(place, rows, (0, 0), xs, ys)
 
 
+@pytest.mark.parametrize("f", [lambda loss: loss, grad], ids=["loss", "grad"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_vmap_of_one_row_with_what_all_share(place: Place, probabilities: bool, f: Any) -> None:
+    """Repeated for the batch, the one value of a target, ε or upstream is a view that no kernel may read as rows."""
+    xs, ys = batches(place, probabilities)
+    ys = ys.clamp_min(0)  # the mean of one ignored row is 0/0
+    rows, target = xs[:, 0], ys[0, 0]
+    batched(place, f, (0, None), rows, target)
+    batched(place, f, (None, 0), rows[0], ys[:, 0])
+    eps = torch.tensor([0.3], device=place[1])
+    smoothed = f(lambda x: lsk.cross_entropy(x, target, label_smoothing=eps, backend=place[0]))
+    torch.testing.assert_close(vmap(smoothed)(rows), torch.stack([smoothed(row) for row in rows]))
+
+
 def test_vmap_of_statistics_and_epsilon_per_row(place: Place) -> None:
     xs, ys = batches(place)
     eps = torch.rand(BATCH, N, generator=torch.Generator().manual_seed(0)).to(place[1])
@@ -315,7 +329,7 @@ def test_the_host_code_of_the_triton_operators_waits_for_nothing(monkeypatch: py
     skip_unless_available("triton")
     names = (f"labelsmooth_kernels.triton_kernels.{name}" for name in ("logits", "launch"))
     logits, launch = (importlib.import_module(name) for name in names)
-    monkeypatch.setattr(logits, "_check", lambda *_: None)  # of targets, on the CPU only
+    monkeypatch.setattr(logits, "_check_classes", lambda *_: None)  # of targets, on the CPU only
     started = []
     monkeypatch.setattr(launch, "run", lambda kernel, *_: started.append(kernel))
     x, y = draw(("triton", "cpu"))

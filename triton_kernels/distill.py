@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import jit
 
-from . import launch
+from . import launch, operands
 from .kernels import compiled_per_structure
 from .row_math import exp_shifted, reference_point, term, weights
 
@@ -137,12 +137,34 @@ def distill_kernel(
                 tl.store(g + o, tl.where(live, b_grad, 0.0).to(grad_ptr.dtype.element_ty), mask=o < K)
 
 
+def _check(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> None:
+    operands.check_served("student", student)
+    require = operands.require
+    require(student.dim() == 2, "student", "have 2 dimensions", f"shape {tuple(student.shape)}")
+    like = f"be {student.dtype} of shape {tuple(student.shape)}, as student is"
+    same = teacher.dtype == student.dtype and teacher.shape == student.shape
+    require(same, "teacher", like, f"{teacher.dtype} of shape {tuple(teacher.shape)}")
+    operands.check_device("teacher", teacher, student.device)
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        adjacent = tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+        require(adjacent, name, "have adjacent classes", f"strides {tensor.stride()}")
+    operands.check_index_target(target, len(student), student.device)
+    require(temperature > 0, "temperature", "be positive", temperature)
+
+
 def distill(
     student: Tensor, teacher: Tensor, target: Tensor, prior: Tensor | None, eps: float, eps_rows: Tensor | None,
     row_scale: Tensor | None, ignore_index: int, others: bool, alpha: float, temperature: float, with_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator ``distill`` of ``labelsmooth_kernels.ops``."""
+    _check(student, teacher, target, temperature)
     n, k = student.shape
+    for name, vector, sizes in (
+        ("prior", prior, (k,)),
+        ("eps_rows", eps_rows, (1, n)),
+        ("row_scale", row_scale, (1, n)),
+    ):
+        operands.check_vector(name, vector, sizes, student.device)
     terms, made = student.new_empty((2, n), dtype=torch.float32), student.new_empty((n, k) if with_grad else 0)
     if n == 0:
         return terms, made

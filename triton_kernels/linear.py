@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import launch
+from . import launch, operands
 from .kernels import Results
 from .linear_kernels import (
     Layer,
@@ -31,7 +31,7 @@ from .linear_kernels import (
     sweep_kernel,
     tile_kernel,
 )
-from .logits import _Call, _check
+from .logits import _Call, _check_classes
 from .row_math import Structure
 from .rows import Targets
 
@@ -105,9 +105,7 @@ class _Problem:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, n_stats: int = 0) -> None:
         if call.soft or call.finite or call.softcap is not None or n_stats > 1:
             raise TypeError("the tiled linear loss takes index targets, and no finite, softcap or entropy")
-        if not hidden.dtype == weight.dtype == (weight if bias is None else bias).dtype:
-            raise TypeError(f"hidden, linear_weight and linear_bias differ in dtype: {hidden.dtype}, {weight.dtype}")
-        _check(weight.mT, call)
+        self._check(hidden, weight, bias, call)
         self.hidden, self.weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
         self.call, (self.n, self.d), self.k = call, hidden.shape, weight.shape[0]
         self.layer = Layer(self.hidden, self.weight, None if bias is None else bias.contiguous())
@@ -120,6 +118,22 @@ class _Problem:
         given = (call.weight is not None, call.prior is not None)
         self.structure = Structure(1, False, False, False, *given, SOFT=False, FINITE=False, STATS=n_stats)
         self.sizes = (self.n, self.k, self.d, self.hidden.stride(0), self.weight.stride(0))
+
+    @staticmethod
+    def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> None:
+        operands.check_served("hidden", hidden)
+        require, d = operands.require, hidden.shape[-1]
+        require(hidden.dim() == 2, "hidden", "have 2 dimensions", f"shape {tuple(hidden.shape)}")
+        fits = weight.dim() == 2 and weight.shape[1] == d and len(weight) > 0
+        require(fits, "linear_weight", f"have shape (K, {d})", tuple(weight.shape))
+        for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+            if tensor is not None:
+                require(tensor.dtype == hidden.dtype, name, f"be {hidden.dtype}, as hidden is", tensor.dtype)
+                operands.check_device(name, tensor, hidden.device)
+        if bias is not None:
+            require(bias.shape == weight.shape[:1], "linear_bias", f"have shape ({len(weight)},)", tuple(bias.shape))
+        operands.check_call(call, len(hidden), len(weight), hidden)
+        _check_classes(len(weight), call)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.hidden.device)
@@ -213,6 +227,7 @@ class _Gradients(_Problem):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, saved: Tensor, filter_eps: float
     ) -> None:
         super().__init__(hidden, weight, bias, call)
+        operands.check_saved(saved, self.n, hidden.device)
         self.saved, self.filter_eps = saved, filter_eps
         self.n_blocks, self.n_tiles = -(-self.n // self.backward.rows), -(-self.k // self.backward.classes)
         label, row = self.new(self.n, dtype=torch.int32), self.new(5, self.n)

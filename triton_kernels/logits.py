@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch
+from . import launch, operands
 from .kernels import Results, grad_kernel, merge_kernel, row_kernel, scale_kernel, split_kernel
 from .row_math import Structure
 from .rows import Numbers, Targets, aligned_alike, collapsed, rows_of
@@ -74,12 +74,16 @@ class _Problem:
         return Structure(x.vec, x.edges, self.alike, self.t_alike, *given, self.n_stats, spread, **more)
 
 
-def _check(logits: Tensor, call: _Call) -> None:
-    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"logits: {logits.dtype} is not served by the Triton kernels: float16, bfloat16, float32 are")
+def _check_operands(logits: Tensor, call: _Call, written: bool) -> None:
+    """All that a kernel relies on but ``saved``."""
+    operands.check_rows("logits", logits, written)
+    operands.check_call(call, logits.shape[:-1].numel(), logits.shape[-1], logits)
+    _check_classes(logits.shape[-1], call)
+
+
+def _check_classes(k: int, call: _Call) -> None:
     if call.soft or call.target.device.type != "cpu":
         return  # the row becomes NaN instead: looking would stall the device
-    k = logits.shape[-1]
     outside = ((call.target < 0) | (call.target >= k)) & (call.target != call.ignore_index)
     if outside.any():
         i = int(outside.nonzero()[0])
@@ -88,7 +92,8 @@ def _check(logits: Tensor, call: _Call) -> None:
 
 
 def _run_forward(logits: Tensor, grad: Tensor | None, call: _Call, n_stats: int) -> tuple[Tensor, ...]:
-    _check(logits, call)
+    _check_operands(logits, call, written=grad is logits)
+    operands.check_n_stats(n_stats)
     n = logits.shape[:-1].numel()
     loss, saved, stats = (
         torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((n,), (4, n), (n_stats, n))
@@ -101,7 +106,7 @@ def _run_forward(logits: Tensor, grad: Tensor | None, call: _Call, n_stats: int)
     if plan.form == "split":
         _run_split(plan, problem, results)
         if grad is not None:
-            _run_backward(logits, grad, call, saved)
+            _launch_backward(logits, grad, call, saved)
         return results
     sizes = (n, *problem.layout, *problem.g.layout, *call.strides, call.ignore_index, int(call.others))
     pointers = (problem.x.base, problem.grad, problem.targets, results, problem.numbers)
@@ -125,9 +130,13 @@ def _run_split(plan: launch.Plan, problem: _Problem, results: Results) -> None:
 
 
 def _run_backward(logits: Tensor, grad: Tensor, call: _Call, saved: Tensor, of_target: bool = False) -> None:
-    _check(logits, call)
-    if logits.numel() == 0:
-        return
+    _check_operands(logits, call, written=grad is logits)
+    operands.check_saved(saved, logits.shape[:-1].numel(), logits.device)
+    if logits.numel() > 0:
+        _launch_backward(logits, grad, call, saved, of_target)
+
+
+def _launch_backward(logits: Tensor, grad: Tensor, call: _Call, saved: Tensor, of_target: bool = False) -> None:
     problem = _Problem(logits, call, grad=grad)
     plan = launch.chunk_plan(logits, problem.k)
     n_chunks = -(-problem.k // plan.block)
@@ -170,6 +179,8 @@ def target_grad(logits: Tensor, *arguments: Any) -> Tensor:
     """The gradient in a target of probabilities."""
     *given, saved = arguments
     call = _Call(*given)
+    rule = "be floating-point to have a gradient"
+    operands.require(call.soft, "target", rule, call.target.dtype)
     grad = torch.empty_like(call.target)
     _run_backward(logits, grad, call, saved, of_target=True)
     return grad
@@ -177,6 +188,9 @@ def target_grad(logits: Tensor, *arguments: Any) -> Tensor:
 
 def scale_(grad: Tensor, scale: Tensor) -> None:
     """grad *= scale, a one-element tensor, on the device; nothing is moved where it is 1."""
+    operands.check_served("grad", grad)
+    operands.check_writable("grad", grad)
+    operands.check_vector("scale", scale, (1,), grad.device)
     if grad.numel() == 0:
         return
     packed = grad.detach().permute(sorted(range(grad.dim()), key=grad.stride, reverse=True))
