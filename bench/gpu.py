@@ -218,7 +218,9 @@ def main() -> int:
     else:
         runner.variables, *_ = kit.use(kit.FOLDER, kit.UNPACKED)
     for name, command in commands(arguments, out).items():
-        runner.run(name, command, STAGES[name], **(ONE_THREAD if name == "tests" else {}))
+        more = ONE_THREAD if name == "tests" else {}
+        more = more | ({"TRITON_INTERPRET": "1"} if name == "tune" and arguments.device == "cpu" else {})
+        runner.run(name, command, STAGES[name], **more)
     figures = out / "results.jsonl"
     if figures.exists():
         text = first.summary(results.load(figures))

@@ -3,12 +3,14 @@
 Forward and backward of small losses, in a process of their own: launches are counted, our own where they arrive at the
 stand-in for the driver (``stand_in.py``) or are written down by the tests' shim for the CUDA kernels, PyTorch's as the
 operations that are neither views nor allocations; and a call is timed, with tensors so small that what PyTorch computes
-of them on the CPU takes about as long as a launch. No result is looked at: nothing is computed by our kernels.
+of them on the CPU takes about as long as a launch. The switch of devices, which a call on a GPU pays for, is missing.
+No result is looked at: nothing is computed by our kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -33,16 +35,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 GPU = "H100"
-N, K = 8, 1000
+SMALL, LONG = (8, 1000), (4, 128256)  # rows and classes; long rows are counted alone, as a CPU computes for a while
 ROUNDS, WARM = 400, 20
+THREADS = 1  # two wait for each other longer than they compute
 GROUPS = LAUNCHES, TIME = "launches", "host time"
 EAGER, TRITON, CUDA = "F.cross_entropy", "ours, Triton", "ours, CUDA C++"
-SHIM = ROOT / "out" / "cuda_shim" / "shim.so"
 CASES: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": "sum"},
     "no reduction": {"reduction": "none"},
     "mean, fp16": {},
+    "mean, long rows": {},
 }
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
 
@@ -61,46 +64,49 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def serve_triton() -> Callable[[], int]:
+def serve_triton(stack: contextlib.ExitStack) -> Callable[[], int]:
     """Let the Triton kernels take CPU tensors, and launch them on the stand-in; return how many were launched."""
     from labelsmooth_kernels.triton_kernels import launch, logits
 
     driver = stand_in.driver(GPU)
     driver.activate()
-    machine = launch.Machine(*stand_in.GPUS[GPU][:2])
-    launch.override(machine=machine).__enter__()  # for as long as this process lives
+    stack.enter_context(launch.override(machine=launch.Machine(*stand_in.GPUS[GPU][:2])))
+    logits._check_classes = lambda *_: None  # of targets on a CPU alone
     ops.implement("triton", "CPU", logits)
     backends.BACKENDS["triton"] = replace(backends.BACKENDS["triton"], devices=("cpu",), load=lambda: None)
     return driver.count
 
 
-def serve_cuda() -> Callable[[], int]:
+def serve_cuda(stack: contextlib.ExitStack) -> Callable[[], int]:
     """The same with the CUDA kernels and the shim, which launches nothing."""
-    torch.ops.load_library(SHIM)
-    shim, gpu, seen = torch.ops.labelsmooth_cuda_shim, stand_in.GPUS[GPU], [0]
-    major, minor = gpu.capability
-    shim.pretend(10 * major + minor, gpu.multiprocessors, gpu.shared_per_multiprocessor)
+    shim, seen = stand_in.Shim(), [0]
+    shim.pretend(stand_in.GPUS[GPU])
     backends.BACKENDS["cuda"] = replace(backends.BACKENDS["cuda"], devices=("cpu",), load=lambda: None)
 
     def count() -> int:
-        seen[0] += len(shim.launched().splitlines())
+        seen[0] += len(shim.launches())
         return seen[0]
 
     return count
 
 
+def shape_of(case: str) -> tuple[int, int]:
+    return LONG if "long" in case else SMALL
+
+
 def step(case: str, loss: Callable[..., Any]) -> Callable[[], None]:
     """Forward and backward of a case, as a training loop makes them."""
     dtype = torch.float16 if case.endswith("fp16") else torch.bfloat16
-    x = torch.randn(N, K, dtype=dtype).requires_grad_()
-    y = torch.randint(K, (N,))
+    n, k = shape_of(case)
+    x = torch.randn(n, k, dtype=dtype).requires_grad_()
+    y = torch.randint(k, (n,))
     options = {"label_smoothing": EPS, **CASES[case]}
-    ones = torch.ones(N)
+    value = loss(x, y, **options)
+    ones = torch.ones_like(value) if value.dim() else None
 
     def run() -> None:
         x.grad = None
-        value = loss(x, y, **options)
-        value.backward(ones.to(value.dtype) if value.dim() else None)
+        loss(x, y, **options).backward(ones)
 
     return run
 
@@ -113,22 +119,23 @@ def launches(run: Callable[[], None], own: Callable[[], int]) -> int:
     return len(counted.names) + own() - before
 
 
-def measure(rounds: int) -> list[Row]:
+def measure(rounds: int, stack: contextlib.ExitStack) -> list[Row]:
     """Rows of every case: launches, then times, taken in turn."""
     served: dict[str, tuple[Callable[..., Any], Callable[[], int]]] = {EAGER: (F.cross_entropy, lambda: 0)}
     rows, failed = [], {}
     for name, backend, serve in ((TRITON, "triton", serve_triton), (CUDA, "cuda", serve_cuda)):
         try:
-            own = serve()
+            own = serve(stack)
         except Exception as error:  # no Triton, no compiler, no shim
             failed[name] = reason(error)
             continue
         served[name] = (lambda *given, backend=backend, **more: lsk.cross_entropy(*given, backend=backend, **more)), own
+    torch.set_num_threads(THREADS)
     for case in CASES:
-        said = f"{N} × {K:,}, {case}"
+        said = "{} × {:,}, {}".format(*shape_of(case), case)
         steps = {name: step(case, loss) for name, (loss, _) in served.items()}
         rows += [Row(LAUNCHES, said, name, count=launches(run, served[name][1])) for name, run in steps.items()]
-        rows += timed(said, steps, rounds)
+        rows += timed(said, steps, rounds) if shape_of(case) == SMALL else []
         rows += [Row(group, said, name, refused=why) for name, why in failed.items() for group in GROUPS]
     return rows
 
@@ -156,7 +163,7 @@ def rows(rounds: int = ROUNDS) -> list[Row]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         return [Row(group, "every case", "every provider", refused=last) for group in GROUPS]
-    return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
+    return [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
@@ -164,7 +171,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="0: launches alone; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="rows as the figures' files hold them")
     arguments = parser.parse_args()
-    for row in measure(arguments.rounds):
+    with contextlib.ExitStack() as stack:
+        rows = measure(arguments.rounds, stack)
+    for row in rows:
         if arguments.json:
             print(json.dumps(asdict(row)))
         else:

@@ -177,16 +177,22 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
   // Since CUDA 13 the second byte of the flags holds the architecture, before it the first.
   const int architecture = file->e_ident[EI_ABIVERSION] >= 8 ? file->e_flags >> 8 & 0xff : file->e_flags & 0xff;
   if (architecture / 10 != current->major || architecture % 10 > current->minor) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+  int found = 0;
   CUfunction made = calloc(1, sizeof *made);
   strncpy(made->name, name, sizeof made->name - 1);
   for (int i = 0; i < file->e_shnum; ++i) {
     const char* section = (const char*)image + sections[file->e_shstrndx].sh_offset + sections[i].sh_name;
+    if (strncmp(section, ".text.", 6) == 0 && strcmp(section + 6, name) == 0) found = 1;
     if (strcmp(section, ".nv.info") == 0)
       made->registers = registers_of(image + sections[i].sh_offset, sections[i].sh_size);
     if (strncmp(section, ".nv.shared.", 11) == 0 && strcmp(section + 11, name) == 0)
       made->static_shared = (int)sections[i].sh_size;
   }
   if (architecture >= 90 && made->static_shared >= kReserved) made->static_shared -= kReserved;
+  if (!found) {
+    free(made);
+    return CUDA_ERROR_NOT_FOUND;
+  }
   made->dynamic_shared = kWithoutAsking - made->static_shared;
   *function = made;
   return CUDA_SUCCESS;

@@ -144,7 +144,8 @@ def blocks(records: list[Record], device: str) -> dict[str, str]:
     made = {f"{device} {name}": "\n\n".join(t.markdown() for t in found if t.rows) for name, found in tables.items()}
     if device == "cpu":  # of a machine of its own
         found = [r for r in records if r["group"] in host.GROUPS]
-        parts = [origin(found), *(pivot(found, name, time_cell).markdown() for name in host.GROUPS)]
+        shown = [pivot(found, name, time_cell) for name in host.GROUPS]
+        parts = [origin(found), *(table.markdown() for table in shown if table.rows)]
         made[f"{device} host"] = "\n\n".join(parts)
     missed = [aim for aim in aims.of(mine) if not aim.met]
     every = len(aims.of(mine))

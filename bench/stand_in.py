@@ -92,16 +92,15 @@ class Compiler:
 
 @contextlib.contextmanager
 def compiling(launch: Any, machine: tuple[Any, ...], wanted: Callable[..., bool] = lambda *_: True) -> Iterator[None]:
-    """Inside, the kernels that ``launch`` would launch on a machine are compiled for it, into Triton's cache.
-
-    ``wanted`` may leave one out, by its kernel, arguments and options.
-    """
+    """Inside, the kernels that ``launch`` would launch on a machine are compiled for it, into Triton's cache; nothing
+    can be launched in this process afterwards. ``wanted`` may leave one out, by its kernel, arguments and options."""
 
     def compile_only(kernel: Any, grid: tuple[int], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if wanted(kernel, arguments, options):
             kernel.warmup(*arguments, grid=grid, **options)
 
-    Compiler(machine[0]).activate()
+    major, minor = machine[0]
+    Compiler(machine[0], 10 * major + minor).activate()
     with mock.patch.object(launch, "run", compile_only), launch.override(machine=launch.Machine(*machine)):
         yield
 
@@ -148,6 +147,9 @@ def library() -> Any:
         flags = ["-O1", "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{target.name}"]
         subprocess.run(["cc", *flags, str(SOURCE), "-o", str(made)], check=True)
         made.replace(target)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(target.name, mode=os.RTLD_NOLOAD)
+        raise RuntimeError("this process has a driver already, which nothing can stand in for")
     found = ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
     found.stand_in_add.argtypes = [_Context]
     found.stand_in_count.restype = ctypes.c_uint64
@@ -170,3 +172,23 @@ def driver(name: str) -> Driver:
     os.environ["TRITON_LIBCUDA_PATH"] = str(FOLDER)
     module = importlib.import_module("triton.backends.nvidia.driver")
     return Driver(gpu.capability, device, module.CudaUtils(), module.CudaLauncher)
+
+
+class Shim:
+    """The tests' shim for the CUDA kernels, as it writes down launches on a GPU instead of running them."""
+
+    def __init__(self) -> None:
+        build = importlib.import_module("tests.cuda_shim.build")
+        if reason := build.missing():
+            raise RuntimeError(reason)
+        torch.ops.load_library(build.OUT / "shim.so")
+        self._ops = torch.ops.labelsmooth_cuda_shim
+
+    def pretend(self, gpu: Gpu) -> None:
+        major, minor = gpu.capability
+        self._ops.pretend(10 * major + minor, gpu.multiprocessors, gpu.shared_per_multiprocessor)
+
+    def launches(self) -> list[Launch]:
+        """Those since the last look."""
+        lines = (line.split(maxsplit=4) for line in self._ops.launched().splitlines())
+        return [Launch(kernel, *map(int, numbers)) for *numbers, kernel in lines]

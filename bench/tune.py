@@ -1,8 +1,9 @@
 """``python -m bench.tune``: our Triton kernels under every launch plan worth a try, beside the launch table's own.
 
 Plans are compiled in processes of their own, as many as there are cores, and timed a few at a time, as they become
-ready; each row is written then. What the deadline cuts off is left out and counted. The rows join the other figures as
-the group "tune"; what they teach goes into ``triton_kernels/launch.py`` by hand.
+ready; each row is written then. What the deadline cuts off is left out and counted. Times of the host are taken beside
+the compilers. The rows join the other figures as the group "tune"; what they teach goes into
+``triton_kernels/launch.py`` by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -108,14 +110,18 @@ def cases(device: str, tiny: bool) -> list[Case]:
 # ---- compiled beforehand, elsewhere
 
 
-def compile_plan(case: Case, plan: Plan, machine: tuple[Any, ...]) -> None:
-    """Fill Triton's cache with what a plan launches on a machine, whichever this one is."""
+def compile_plan(case: Case, plan: Plan, machine: tuple[Any, ...]) -> str | None:
+    """Fill Triton's cache with what a plan launches on a machine, whichever this one is; or say why it does not."""
     from labelsmooth_kernels.triton_kernels import launch
 
-    with stand_in.compiling(launch, machine):
-        new = torch.empty((case.n, case.k), dtype=case.dtype, device="meta")
-        target, scale = (torch.empty(size, dtype=t, device="meta") for size, t in ((case.n, torch.int64), (1, None)))
-        forward(new, target, scale, case, plan)
+    new = torch.empty((case.n, case.k), dtype=case.dtype, device="meta")
+    target, scale = (torch.empty(size, dtype=t, device="meta") for size, t in ((case.n, torch.int64), (1, None)))
+    try:
+        with stand_in.compiling(launch, machine):
+            forward(new, target, scale, case, plan)
+    except Exception as error:  # whatever a compiler raises
+        return reason(error)
+    return None
 
 
 class Ahead:
@@ -127,8 +133,7 @@ class Ahead:
 
     @staticmethod
     def _key(case: Case, plan: Plan) -> tuple[str, str]:
-        kernels = {name: value for name, value in plan.items() if name not in ("programs", "splits")}
-        return case.name, _name(kernels)
+        return case.name, _name({name: value for name, value in plan.items() if name != "programs"})
 
     def compile(self, case: Case, plans: list[Plan]) -> None:
         """Ask for the plans of a case, after those of the cases before it."""
@@ -143,30 +148,53 @@ class Ahead:
 
     def failure(self, case: Case, plan: Plan) -> str | None:
         """Why a plan that is ready cannot be timed."""
-        if self.pool is None:
-            return None
-        try:
-            self.jobs[self._key(case, plan)].get()
-        except Exception as error:  # whatever a compiler raises
-            return reason(error)
-        return None
+        return None if self.pool is None else self.jobs[self._key(case, plan)].get()
 
 
-def timed(case: Case, plans: list[Plan], ahead: Ahead, deadline: float) -> Iterator[list[Row]]:
-    """Rows of a few plans at a time, while there is time; the first few have the table's own plan and the copy."""
-    plans, first = list(plans), True
-    while (plans or first) and (left := deadline - time.monotonic()) > 0:
-        batch = ahead.ready(case, plans)[:TOGETHER]
-        if plans and not batch:
+@contextlib.contextmanager
+def compilers(device: str) -> Iterator[Pool | None]:
+    """New processes, for each core but one, since one with a GPU cannot be forked; none for Triton's interpreter."""
+    if device != "cuda":
+        yield None
+        return
+    with (
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        multiprocessing.get_context("spawn").Pool(max(1, min(16, len(os.sched_getaffinity(0))) - 1)) as pool,
+    ):
+        yield pool
+
+
+def timed(wanted: dict[Case, list[Plan]], ahead: Ahead, deadline: float) -> Iterator[list[Row]]:
+    """Rows of a few plans of a case at a time, while there is time: of the first case that has some ready. The table's
+    own plan and the copy are in the rounds of all of them; their rows come once, without waiting for a plan."""
+    todo, seen = {case: list(plans) for case, plans in wanted.items()}, set()
+    while (left := deadline - time.monotonic()) > 0:
+        case = next((case for case in todo if case not in seen or ahead.ready(case, todo[case])), None)
+        if case is None:
+            if not any(todo.values()):
+                return
             time.sleep(min(0.05, left))
             continue
+        batch = ahead.ready(case, todo[case])[:TOGETHER]
         broken = {_name(plan): why for plan in batch if (why := ahead.failure(case, plan))}
         sound = [plan for plan in batch if _name(plan) not in broken]
         rows = [Row(case.group, case.name, name, refused=why) for name, why in broken.items()]
-        if sound or first:
-            rows += measure(case, Plans(plans=sound), left * len(batch) / len(plans) if plans else left)
-        yield rows if first else [row for row in rows if row.provider not in (TABLE, COPY)]
-        plans, first = [plan for plan in plans if plan not in batch], False
+        if sound or case not in seen:
+            share = (1 + len(sound)) / sum(1 + len(plans) for plans in todo.values())
+            rows += measure(case, Plans(plans=sound), left * share)
+        yield [row for row in rows if case not in seen or row.provider not in (TABLE, COPY)]
+        todo[case] = [plan for plan in todo[case] if plan not in batch]
+        seen.add(case)
+
+
+def unmeasured(out: Path, facts: dict[str, Any], device: str, tiny: bool) -> dict[Case, list[Plan]]:
+    """Plans by case, without those that an earlier, interrupted run of this commit on this machine has timed."""
+    known = results.load(out) if out.exists() else []
+    same = (*results.MACHINE, "commit", "torch", "triton")
+    mine = [row for row in known if row["group"] == "tune" and all(row.get(name) == facts[name] for name in same)]
+    done = {(row["case"], row["provider"]) for row in mine}
+    found = {case: [p for p in candidates(case) if (case.name, _name(p)) not in done] for case in cases(device, tiny)}
+    return {case: plans for case, plans in found.items() if plans}
 
 
 def main() -> int:
@@ -180,25 +208,20 @@ def main() -> int:
     if reason := backends.BACKENDS["triton"].unavailable():
         parser.error(f"it times the Triton kernels, and {reason}")
     facts, deadline = results.provenance(arguments.device, arguments.commit), time.monotonic() + 60 * arguments.minutes
-    done = results.measured(arguments.out, facts)
-    every = [case for case in cases(arguments.device, arguments.tiny) if (case.group, case.name) not in done]
-    wanted, left_out = {case: candidates(case) for case in every}, 0
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if arguments.device == "cuda":  # a new interpreter each: a process with a GPU cannot be forked
-            workers = max(1, (os.cpu_count() or 2) - 1)
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
+    wanted = unmeasured(arguments.out, facts, arguments.device, arguments.tiny)
+    records: list[dict[str, Any]] = []
+    with compilers(arguments.device) as pool:
         ahead = Ahead(pool)
         for case, plans in wanted.items():
             ahead.compile(case, plans)
-        for i, (case, plans) in enumerate(wanted.items()):
-            now, records = time.monotonic(), []
-            for rows in timed(case, plans, ahead, now + (deadline - now) / (len(wanted) - i)):
-                records += results.append(arguments.out, rows, facts)
-            left_out += len(plans) + 2 - len(records)
-            best = sorted(records, key=lambda r: r.get("ms", float("inf")))
-            shown = best[:SHOWN] + [r for r in best[SHOWN:] if r["provider"] in (TABLE, COPY) or "refused" in r]
-            print(f"\n{report.of_case(shown).markdown()}" if shown else f"no time was left for {case.name}", flush=True)
+        for rows in timed(wanted, ahead, deadline):
+            records += results.append(arguments.out, rows, facts)
+            print(f"{rows[0].case}: {len(rows)} rows", flush=True)
+    for case in wanted:
+        found = sorted((r for r in records if r["case"] == case.name), key=lambda r: r.get("ms", float("inf")))
+        if shown := found[:SHOWN] + [r for r in found[SHOWN:] if r["provider"] in (TABLE, COPY) or "refused" in r]:
+            print(f"\n{report.of_case(shown).markdown()}", flush=True)
+    left_out = sum(len(plans) + 2 for plans in wanted.values()) - len(records)
     if left_out:
         print(f"\nno time was left for {left_out} rows")
     return INCOMPLETE if left_out else 0

@@ -1,11 +1,12 @@
-"""Launch every kernel as on an H100, an H200, a B200 and an RTX 4090, without one, and hold it against a table.
+"""Launch the kernels of the main calls as on four GPUs, without one, and hold that against a table.
 
     python tests/launch_check.py [--write] [--gpu NAME ...] [--calls TEXT]
 
-``tests/launches.csv`` says of each call of an operator which kernels it launches: blocks, threads, bytes of shared
-memory, blocks of a cluster. The Triton kernels are compiled and go through Triton's own launcher to a stand-in for the
-driver (``bench/stand_in.py``), which refuses what a GPU's would; those of CUDA C++ are written down by ``cuda_shim``,
-which must be built. Exit status 1 where a call differs from its rows, or a launch is refused.
+``tests/launches.csv`` says which kernels a call launches on an H100, H200, B200 and RTX 4090, in their order: blocks,
+threads, bytes of shared memory, blocks of a cluster. The Triton kernels are compiled and go through Triton's own
+launcher to a stand-in for the driver (``bench/stand_in.py``), which refuses what a GPU's would; those of CUDA C++ are
+written down by ``cuda_shim``, which must be built. Exit status 1 where a call differs from its rows, or a launch is
+refused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TABLE = ROOT / "tests" / "launches.csv"
-SHAPES = (("bfloat16", 4096), ("bfloat16", 32000), ("bfloat16", 128256), ("float32", 128256))
+SHAPES = (
+    *(("bfloat16", k) for k in (4096, 32000, 50257, 128256)),
+    ("float32", 128256),
+)
 N = 8192
 CALLS = {
     "loss and gradient": aot_check.Mode(n=N),
@@ -99,19 +103,14 @@ def of_triton(gpus: list[str], only: str) -> Iterator[Row]:
 
 def of_cuda(gpus: list[str], only: str) -> Iterator[Row]:
     """Let the shim write down what the CUDA C++ kernels' plans launch; no memory of the tensors is touched."""
-    torch.ops.load_library(build.OUT / "shim.so")
-    shim, kernels = torch.ops.labelsmooth_cuda_shim, backends.BACKENDS["cuda"].kernels
+    shim, kernels = stand_in.Shim(), backends.BACKENDS["cuda"].kernels
     for name in gpus:
-        gpu = stand_in.GPUS[name]
-        major, minor = gpu.capability
-        shim.pretend(10 * major + minor, gpu.multiprocessors, gpu.shared_per_multiprocessor)
+        shim.pretend(stand_in.GPUS[name])
         for call, run in calls_of(kernels, tuple(name for name in CALLS if name != "distillation"), "cpu"):
             if only not in call:
                 continue
             run()
-            lines = [line.split(maxsplit=4) for line in shim.launched().splitlines()]
-            yield from counted("cuda", name, call, [stand_in.Launch(k, *map(int, n)) for *n, k in lines])
-    shim.pretend(0, 0, 0)
+            yield from counted("cuda", name, call, shim.launches())
 
 
 def load() -> list[Row]:
@@ -123,12 +122,16 @@ def load() -> list[Row]:
     return [Row(*line[:4], *map(int, line[4:])) for line in lines]
 
 
+def ordered(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row.backend, list(stand_in.GPUS).index(row.gpu), row.call))
+
+
 def save(rows: list[Row]) -> None:
     """Write the table: by backend, GPU and call, the launches of a call as they come."""
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
-        writer.writerows(sorted(rows, key=lambda row: (row.backend, list(stand_in.GPUS).index(row.gpu), row.call)))
+        writer.writerows(ordered(rows))
 
 
 def main() -> int:
@@ -141,7 +144,7 @@ def main() -> int:
     if reason := build.missing():
         parser.error(reason)
     found = [*of_triton(arguments.gpu, arguments.calls), *of_cuda(arguments.gpu, arguments.calls)]
-    made = {(row.backend, row.gpu) for row in found}
+    made = {(backend, gpu) for backend in (f"triton {triton.__version__}", "cuda") for gpu in arguments.gpu}
     with Path(__file__).open() as lock:  # another Triton may be writing its rows
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = load()
@@ -150,6 +153,9 @@ def main() -> int:
             save([row for row in known if row not in mine] + found)
     differ = [("is gone", row) for row in mine if row not in found]
     differ += [("is new", row) for row in found if row not in mine]
+    if not differ:
+        pairs = zip(mine, ordered(found), strict=True)
+        differ = [("comes in another place", row) for row, now in pairs if row != now]
     for what, row in differ:
         print(f"{TABLE.name}: {what}: {','.join(map(str, row))}")
     who = ", ".join(sorted({row.backend for row in found}))

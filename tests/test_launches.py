@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real driver is here, and a process has one"),
 ]
-INVALID_VALUE, NO_BINARY, OUT_OF_RESOURCES, INVALID_CLUSTER = 1, 209, 701, 912
+INVALID_VALUE, NO_BINARY, NOT_FOUND, OUT_OF_RESOURCES, INVALID_CLUSTER = 1, 209, 500, 701, 912
 SHARED, ANY_CLUSTER = 8, 14  # attributes of a function, by their numbers in cuda.h
 CLUSTER = 4  # attribute of a launch
 
@@ -33,8 +33,9 @@ CLUSTER = 4  # attribute of a launch
 def cubin(architecture: int, registers: int, static_shared: int = 0) -> bytes:
     """As much of a kernel's file as a driver reads before a launch: its architecture, registers, shared memory."""
     record = struct.pack("<BBHII", 4, 0x2F, 8, 1, registers)
-    names = b"\0.shstrtab\0.nv.info\0.nv.shared.kernel\0"
+    names = b"\0.shstrtab\0.nv.info\0.nv.shared.kernel\0.text.kernel\0"
     contents = [(b"", 0), (b".shstrtab", names), (b".nv.info", record), (b".nv.shared.kernel", static_shared)]
+    contents.append((b".text.kernel", 128))
     at, body, sections = 64, b"", b""
     for name, content in contents:
         size = content if isinstance(content, int) else len(content)
@@ -44,7 +45,7 @@ def cubin(architecture: int, registers: int, static_shared: int = 0) -> bytes:
             "<IIQQQQIIQQ", names.index(name + b"\0") if name else 0, 1, 0, 0, offset, size, 0, 0, 1, 0
         )
     identity = b"\x7fELF\2\1\1\x41\x08".ljust(16, b"\0")
-    header = struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, at + len(body), architecture << 8, 64, 0, 0, 64, 4, 1)
+    header = struct.pack("<HHIQQQIHHHHHH", 2, 190, 1, 0, 0, at + len(body), architecture << 8, 64, 0, 0, 64, 5, 1)
     return identity + header + body + sections
 
 
@@ -104,6 +105,7 @@ def test_the_stand_in_refuses_what_a_driver_refuses(gpu: stand_in.Gpu) -> None:
     assert launched(cubin(10 * major + minor, 65), 1, 1024) == OUT_OF_RESOURCES
     assert launched(cubin(10 * major + minor + 1, 64), 1, 32) == launched(cubin(120, 64), 1, 32) == NO_BINARY
     assert launched(b"no such file".ljust(64), 1, 32) != 0
+    assert launched(image.replace(b".text.kernel", b".text.kernal"), 1, 32) == NOT_FOUND
     allowed = (0, 0) if major >= 9 else (INVALID_CLUSTER, INVALID_CLUSTER)
     assert (launched(image, 32, 256, cluster=8), launched(image, 32, 256, cluster=16, any_cluster=1)) == allowed
     assert launched(image, 32, 256, cluster=16) == launched(image, 12, 256, cluster=8) == INVALID_CLUSTER
@@ -133,7 +135,8 @@ def test_launches_of_forward_and_backward(backend: str) -> None:
     1 that autograd begins with and its product with the gradient."""
     if backend == host.CUDA and (reason := build.missing()):
         pytest.skip(reason)
-    expected = {"mean": (22, 9), "sum": (18, 4), "no reduction": (17, 2), "mean, fp16": (22, 10)}
+    expected = {"mean": (22, 9), "sum": (18, 4), "no reduction": (16, 2), "mean, fp16": (22, 10)}
+    expected["mean, long rows"] = (22, 11)  # too few for all multiprocessors: parts of rows, their merge, the gradient
     found = {row.case.partition(", ")[2]: row for row in counts() if row.provider == backend}
     assert {name: row.refused or row.count for name, row in found.items()} == {
         name: pair[backend != host.EAGER] for name, pair in expected.items()
