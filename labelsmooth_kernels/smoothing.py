@@ -133,7 +133,7 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
             position = torch.arange(target.shape[-1], device=target.device) - step
             inside = (position >= 0) & (position < target.shape[-1]) & (there != ignore_index)
             indices.append(there)
-            shares.append(torch.where(inside, weight / 2, 0.0))
+            shares.append(inside.double() * (weight / 2))
     rest = torch.stack(shares, -1) if shares else target.new_zeros((*target.shape, 0), dtype=torch.float32)
     probabilities = torch.cat((1 - rest.sum(-1, keepdim=True), rest), -1) * counted.unsqueeze(-1)
     stacked = torch.stack(indices, -1)
