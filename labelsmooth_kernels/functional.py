@@ -82,7 +82,8 @@ def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's
         smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,)
             summing to 1.
         smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is
-            renormalised.
+            renormalised. A mask of ``torch.finfo(dtype).min`` is finite, and its share of ε makes the loss infinite:
+            mask with -inf.
         class_dim: where the classes are; ignored for (K,).
         confidence_penalty: β of Pereyra et al. 2017, rewards entropy; below 0 it is entropy minimisation (Grandvalet
             and Bengio 2004), and all there is beside probabilities of zeros as ``target``.

@@ -268,6 +268,7 @@ def distillation_terms(rows: Rows, teacher: Tensor, temperature: float) -> Tenso
     log_p = z / temperature - (z / temperature).logsumexp(-1, keepdim=True)
     p_t = log_t.exp()
     divergence = (p_t * torch.where(p_t == 0, 0.0, log_t - log_p)).sum(-1)
+    divergence = divergence - divergence.detach().clamp_max(0)  # what roundings leave below 0, not its gradient
     return torch.where(rows.valid, torch.stack((divergence, row_loss(z, q)[0])), 0.0)
 
 

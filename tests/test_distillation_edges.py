@@ -106,3 +106,16 @@ def test_without_a_target_no_class_is_ignored(served: Place) -> None:
     with pytest.raises(lsk.ArgumentError, match="class_dim must be given without a target"):
         distillation_loss(x[None], t[None], backend=served[0])
     torch.testing.assert_close(distillation_loss(x[None], t[None], class_dim=-1, backend=served[0]), want)
+
+
+def test_no_divergence_is_below_zero(served: Place) -> None:
+    """Of a student who is nearly the teacher it is less than its roundings, which may have either sign; the gradient
+    is what it is."""
+    teacher = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)).to(served[1])
+    student = (teacher + 1e-6 * teacher.flip(0)).requires_grad_()
+    loss, terms = distillation_loss(
+        student, teacher, alpha=1.0, temperature=1.5, reduction="sum", return_terms=True, backend=served[0]
+    )
+    assert (terms.divergence >= 0).all()
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad[terms.divergence == 0].any(), "there are such rows"
