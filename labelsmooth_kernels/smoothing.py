@@ -15,6 +15,7 @@ each other on validation data, at several temperatures and at the one that suits
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -244,13 +245,21 @@ def plot_trials(trials: Sequence[Trial], path: str | None = None) -> Any:
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     """ε that goes from ``start`` to ``end`` in equal steps and stays there."""
     require(steps > 0, "steps", steps, "> 0")
-    return lambda step: start + (end - start) * min(max(step / steps, 0.0), 1.0)
+    return functools.partial(_linear, start, end, steps)
+
+
+def _linear(start: float, end: float, steps: int, step: int) -> float:
+    return start + (end - start) * min(max(step / steps, 0.0), 1.0)
 
 
 def cosine(start: float, end: float, steps: int) -> Callable[[int], float]:
     """ε that goes from ``start`` to ``end`` along half a cosine and stays there."""
-    ramp = linear(0.0, math.pi, steps)
-    return lambda step: end + (start - end) * (1 + math.cos(ramp(step))) / 2
+    require(steps > 0, "steps", steps, "> 0")
+    return functools.partial(_cosine, start, end, steps)
+
+
+def _cosine(start: float, end: float, steps: int, step: int) -> float:
+    return end + (start - end) * (1 + math.cos(_linear(0.0, math.pi, steps, step))) / 2
 
 
 class Schedule:
@@ -262,11 +271,14 @@ class Schedule:
 
     Pass ``label_smoothing=schedule.eps`` to any loss, or the schedule itself to ``CrossEntropyLoss``, and call
     :meth:`step` after the optimizer's. ``rule`` takes the number of steps done; its ε must be finite and at most 1
-    (ArgumentError).
+    (ArgumentError). A schedule can be pickled if its rule can; those of this module can. Made where the default device
+    is "meta", it has its ε on the CPU: the value must be there.
     """
 
     def __init__(self, rule: Callable[[int], float], device: torch.device | str | None = None) -> None:
         self.rule, self.done = rule, 0
+        place = torch.get_default_device() if device is None else torch.device(device)
+        device = "cpu" if place.type == "meta" else place
         self.eps = torch.empty((), dtype=torch.float32, device=device)
         self._fill()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -217,3 +219,26 @@ def test_the_ends_of_the_gap() -> None:
     assert smoothing.optimal_gap(0.0, 5) == math.inf
     assert smoothing.optimal_gap(1.0, 5) == 0
     assert smoothing.optimal_gap(1.0, 5, "others") == -math.inf
+
+
+@pytest.mark.parametrize("rule", [smoothing.linear(0.2, 0.0, 4), smoothing.cosine(0.2, 0.0, 4)])
+def test_a_module_with_a_schedule_is_copied_and_saved(rule: Any, tmp_path: Path) -> None:
+    module = lsk.CrossEntropyLoss(label_smoothing=smoothing.Schedule(rule))
+    x, y = torch.randn(3, 7), torch.tensor([1, 2, 3])
+    torch.save(module, tmp_path / "module.pt")
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    copies.append(torch.load(tmp_path / "module.pt", weights_only=False))
+    for other in copies:
+        for schedule in (one.label_smoothing for one in (module, other)):
+            schedule.load_state_dict({"done": 0})
+            schedule.step()
+        assert other(x, y) == module(x, y)
+        torch.testing.assert_close(other(x, y), F.cross_entropy(x, y, label_smoothing=rule(1)))
+
+
+def test_a_module_made_on_the_meta_device_gets_its_values_there() -> None:
+    with torch.device("meta"):
+        module = lsk.CrossEntropyLoss(label_smoothing=smoothing.Schedule(smoothing.linear(0.2, 0.0, 4)))
+    module.to_empty(device="cpu")
+    x, y = torch.randn(3, 7), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(module(x, y), F.cross_entropy(x, y, label_smoothing=0.2))
