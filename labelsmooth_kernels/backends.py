@@ -185,7 +185,7 @@ def _load_once(name: str) -> str | None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=7)
+    warnings.warn(message, stacklevel=8)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from .autograd import graph_is_kept, row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import check_same_device, check_targets, denominator, prepare, reduce
 from .linear import Teacher, teacher_rows
-from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, require, transformed
+from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, checks_names, require, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,6 +83,7 @@ def _check_probabilities(name: str, values: Tensor) -> None:
         require(not least < 0, name, least, ">= 0 everywhere")
 
 
+@checks_names("distillation_loss")
 def distillation_loss(
     input: Tensor,
     teacher: Tensor | Probabilities | Teacher,

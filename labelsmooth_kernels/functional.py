@@ -20,6 +20,7 @@ from .spec import (
     Rows,
     accumulate_dtype,
     check_index_targets,
+    checks_names,
     require,
     traced,
     transformed,
@@ -42,7 +43,8 @@ def cross_entropy(
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None, *, return_stats: Literal[False] = False, **options: Any
 ) -> Tensor: ...
-def cross_entropy(  # type: ignore[misc]  # the overloads stand for the result's type; the options are listed once, here
+@checks_names("cross_entropy")  # type: ignore[misc]  # overloads give the result's type; options are listed once, here
+def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,

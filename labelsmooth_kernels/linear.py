@@ -33,7 +33,18 @@ from .functional import (
     shaped,
 )
 from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
-from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, LossSpec, Rows, require, traced, transformed
+from .spec import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    LOSS_OPTIONS,
+    ArgumentError,
+    LossSpec,
+    Rows,
+    checks_names,
+    require,
+    traced,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from .reference import RowStats
@@ -91,6 +102,7 @@ def default_filter_eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 32
 
 
+@checks_names("linear_cross_entropy", LOSS_OPTIONS)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

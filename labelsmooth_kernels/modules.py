@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .functional import apply_spec
 from .linear import LinearSpec, linear_cross_entropy
 from .smoothing import Schedule
-from .spec import LossSpec
+from .spec import LOSS_OPTIONS, LossSpec, checks_names
 
 if TYPE_CHECKING:
     from .linear import Teacher, TopK
@@ -33,6 +33,7 @@ class CrossEntropyLoss(nn.Module):
     the function.
     """
 
+    @checks_names("CrossEntropyLoss", LOSS_OPTIONS)
     def __init__(self, weight: Tensor | None = None, **options: object) -> None:
         super().__init__()
         for name in _PER_CALL:
@@ -41,7 +42,7 @@ class CrossEntropyLoss(nn.Module):
         schedule = options.get("label_smoothing")
         if isinstance(schedule, Schedule):
             options["label_smoothing"] = schedule.eps
-        spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # it checks; unknown ones are a TypeError
+        spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # it checks them
         for name in _DEFAULTS:
             value = getattr(spec, name)
             if name == "label_smoothing" and isinstance(schedule, Schedule):
@@ -75,6 +76,7 @@ class CrossEntropyLoss(nn.Module):
 class LabelSmoothingCrossEntropy(CrossEntropyLoss):
     """The classic recipe: input (N, K), target (N,), q = (1-ε)[k=y] + ε/K (Szegedy et al. 2016)."""
 
+    @checks_names("LabelSmoothingCrossEntropy")
     def __init__(self, eps: float = 0.1, reduction: str = "mean") -> None:
         super().__init__(label_smoothing=eps, reduction=reduction)
 
@@ -88,6 +90,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
     the same names; shapes, dtypes and errors: see there.
     """
 
+    @checks_names("LinearCrossEntropyLoss", LOSS_OPTIONS | {f.name for f in dataclasses.fields(LinearSpec)})
     def __init__(
         self,
         in_features: int,

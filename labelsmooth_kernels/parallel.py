@@ -21,9 +21,11 @@ from .linear import LinearSpec, TopK, check_operands, top_k
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import ArgumentError, LossSpec, Rows, require, transformed
+from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, check_names, options_of, require, transformed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .reference import RowStats
 
 
@@ -188,9 +190,9 @@ def token_count(target: Tensor, group: Any = None, ignore_index: int = -100) -> 
 
 def _check(function: str, options: dict[str, Any], tensors: dict[str, object]) -> None:
     """Raise for an option that the loss does not have, and for what is no rank's part but a DTensor."""
-    for name in options:
-        if name not in LossSpec.__slots__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    if unknown := [name for name in options if name not in LOSS_OPTIONS]:
+        own: Callable[..., object] = cross_entropy if function == "cross_entropy" else linear_cross_entropy
+        check_names(f"parallel.{function}", unknown, options_of(own, LOSS_OPTIONS))
     for name, value in (*tensors.items(), *options.items()):
         if is_dtensor(value):
             raise TypeError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -92,6 +95,39 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         shown = f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
         raise ArgumentError(f"{name} must be {allowed}, got {shown}")
+
+
+def check_names(function: str, given: Iterable[str], options: Iterable[str]) -> None:
+    """Raise a TypeError for the first given name that is none of the ``options`` of a public function."""
+    for name in given:
+        if name not in options:
+            part = [option for option in options if name in option or option in name]  # bias and linear_bias
+            near = difflib.get_close_matches(name, part, 1, 0) or difflib.get_close_matches(name, options, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(sorted(options))}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
+
+
+def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> frozenset[str]:
+    """The names by which a function can be given its arguments, and ``more`` that its ``**options`` take."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
+
+
+def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option."""
+
+    def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        options = options_of(function, more) - {"self"}
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if not options.issuperset(kwargs):
+                check_names(name, kwargs, options)
+            return function(*args, **kwargs)
+
+        return run
+
+    return mark
 
 
 def _is_number(value: object) -> bool:
@@ -207,6 +243,10 @@ class LossSpec:
             "torch.func inside torch.compile": torch.compiler.is_compiling() and _func_level() is not None,
         }
         return frozenset(word for word, is_asked in asked.items() if is_asked)
+
+
+LossSpec.__init__ = checks_names("LossSpec")(LossSpec.__init__)  # type: ignore[method-assign]
+LOSS_OPTIONS = frozenset(f.name for f in dataclasses.fields(LossSpec))
 
 
 def _check_epsilon(eps: object) -> None:

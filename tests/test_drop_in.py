@@ -106,6 +106,27 @@ def test_same_error_classes(name: str) -> None:
         assert ours.type is lsk.ArgumentError, "both of them"
 
 
+WITH_OPTIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, str]]] = {  # wrong keywords, and what they mean
+    "cross_entropy": (lsk.cross_entropy, (X, Y), {"label_smooting": "label_smoothing", "dim": "class_dim"}),
+    "linear_cross_entropy": (lsk.linear_cross_entropy, (X, X, Y), {"bias": "linear_bias", "chunk": "chunk_rows"}),
+    "distillation_loss": (lsk.distillation.distillation_loss, (X, X), {"temprature": "temperature"}),
+    "CrossEntropyLoss": (lsk.CrossEntropyLoss, (), {"smoothness": "smoothing", "zloss": "z_loss"}),
+    "LabelSmoothingCrossEntropy": (lsk.LabelSmoothingCrossEntropy, (), {"epsilon": "eps"}),
+    "LinearCrossEntropyLoss": (lsk.LinearCrossEntropyLoss, (3, 2), {"linear_bias": "bias", "chunk_row": "chunk_rows"}),
+    "LossSpec": (lsk.LossSpec, (), {"sofcap": "softcap"}),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_a_wrong_keyword_names_the_function_and_the_nearest_option(name: str) -> None:
+    function, given, wrong = WITH_OPTIONS[name]
+    for keyword, meant in wrong.items():
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got .* '{keyword}'; did you mean '{meant}'\?$"):
+            function(*given, **{keyword: 0.1})
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got .* 'qqqq'; its options are \w+, "):
+        function(*given, qqqq=0.1)
+
+
 OURS_ALONE = {  # options PyTorch does not have, refused by name
     "smoothing": ("twice", r"smoothing must be 'uniform', 'others' or a prior .*'twice'"),
     "smooth_over": ("some", "smooth_over must be 'all' or 'finite', got 'some'"),

@@ -102,7 +102,7 @@ def _bad(rank: int) -> None:
     refused(lsk.ArgumentError, "rank 1: label_smoothing must be a finite", mine, y, label_smoothing=3.0 if bad else 0.1)
     refused(
         TypeError,
-        "rank 1: cross_entropy.. got an unexpected keyword argument 'smothing'",
+        "rank 1: parallel.cross_entropy.. got an unexpected keyword argument 'smothing'; did you mean 'smoothing'",
         mine,
         y,
         **({"smothing": 1} if bad else {}),
