@@ -188,11 +188,16 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=8)
 
 
+def check_name(named: str | None) -> None:
+    """Raise an ArgumentError for a name that no backend has."""
+    if named is not None and named not in BACKENDS:
+        raise ArgumentError(f"backend must be one of {sorted(BACKENDS)} or None, got {named!r}")
+
+
 @functools.cache
 def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: str | None) -> str:
     if named is not None:
-        if named not in BACKENDS:
-            raise ArgumentError(f"backend must be one of {sorted(BACKENDS)} or None, got {named!r}")
+        check_name(named)
         if reasons := BACKENDS[named].why_not(device, dtype, features):
             raise ArgumentError(f"backend={named!r} cannot serve this call: {'; '.join(reasons)}")
         return named

@@ -21,6 +21,7 @@ from .spec import (
     accumulate_dtype,
     check_index_targets,
     checks_names,
+    reduction_of,
     require,
     traced,
     transformed,
@@ -35,23 +36,40 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
     *,
     return_stats: Literal[True, "entropy", "all"],
     **options: Any,
 ) -> tuple[Tensor, RowStats]: ...
 @overload
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, *, return_stats: Literal[False] = False, **options: Any
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Any,
 ) -> Tensor: ...
 @checks_names("cross_entropy")  # type: ignore[misc]  # overloads give the result's type; options are listed once, here
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    *,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float | Tensor = 0.0,
+    *,
     smoothing: str | Tensor = "uniform",
     smooth_over: str = "all",
     class_dim: int = 1,
@@ -77,6 +95,7 @@ def cross_entropy(
         target: class indices of the shape of input without the classes, int64, int32 or uint8; or class probabilities
             of the shape of input, any floating dtype, not assumed to sum to 1.
         weight: (K,) factors of q, as in ``F.cross_entropy``.
+        size_average, reduce: PyTorch's deprecated spelling of ``reduction``, which they replace, with its warning.
         ignore_index: rows with this target have zero loss and exactly zero gradient, even where their logits are NaN.
         reduction: ``"mean"`` (over valid rows, weighted by ``weight`` of the target and ``row_weight``), ``"sum"`` or
             ``"none"``.
@@ -113,6 +132,7 @@ def cross_entropy(
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
     al. 2019.
     """
+    reduction = reduction_of(reduction, size_average, reduce)
     options = {
         "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
         "smoothing": smoothing, "smooth_over": smooth_over, "class_dim": class_dim, "z_loss": z_loss,
@@ -124,7 +144,7 @@ def cross_entropy(
         from . import dtensor  # which takes long to import
 
         return dtensor.cross_entropy(input, target, dtensor.spec_of(input, options))  # type: ignore[arg-type]
-    return apply_spec(input, target, LossSpec(**options))  # type: ignore[arg-type]
+    return apply_spec(input, target, LossSpec.of(options))
 
 
 def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[Tensor, RowStats]:

@@ -41,6 +41,7 @@ from .spec import (
     LossSpec,
     Rows,
     checks_names,
+    plain_int,
     require,
     traced,
     transformed,
@@ -83,6 +84,7 @@ class LinearSpec:
     filter_eps: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chunk_rows", plain_int(self.chunk_rows))
         rows = self.chunk_rows
         good = rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and rows > 0)
         require(good, "chunk_rows", rows, "an int > 0 or None")
@@ -365,14 +367,18 @@ def _fused(call: _Call, chosen: backends.Backend, how: LinearSpec) -> tuple[Tens
 
 
 def _why_not_tiled(call: _Call, chosen: backends.Backend) -> list[str]:
-    spec, rows = call.rows.spec, call.rows
+    reasons = options_not_tiled(call.rows.spec, chosen.name, call.positions)
+    return reasons if call.rows.index_target else [*reasons, "it serves class indices, not soft targets"]
+
+
+def options_not_tiled(spec: LossSpec, backend: str, positions: int) -> list[str]:
+    """Why the tiled kernels cannot serve some options, whatever the tensors of a call are."""
     refused = {
-        f"backend {chosen.name!r} has no tiled kernels, 'triton' has": chosen.name != "triton",
-        "it serves class indices, not soft targets": not rows.index_target,
+        f"backend {backend!r} has no tiled kernels, 'triton' has": backend != "triton",
         "it does not serve softcap: smoothing is no longer rank one under it": spec.softcap is not None,
         "it does not serve smooth_over='finite'": spec.smooth_over == "finite" and spec.smooths,
         f"it does not serve return_stats={spec.return_stats!r}": spec.n_stats > 1,
         "it does not serve confidence_penalty": spec.confidence_penalty != 0.0,
-        "it serves a linear_weight of two dimensions": call.positions > 1,
+        "it serves a linear_weight of two dimensions": positions > 1,
     }
     return [reason for reason, holds in refused.items() if holds]

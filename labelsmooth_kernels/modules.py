@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .functional import apply_spec
-from .linear import LinearSpec, linear_cross_entropy
+from .linear import LinearSpec, linear_cross_entropy, options_not_tiled
 from .smoothing import Schedule
-from .spec import LOSS_OPTIONS, LossSpec, checks_names
+from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, checks_names, reduction_of, require
 
 if TYPE_CHECKING:
     from .linear import Teacher, TopK
@@ -34,15 +35,32 @@ class CrossEntropyLoss(nn.Module):
     """
 
     @checks_names("CrossEntropyLoss", LOSS_OPTIONS)
-    def __init__(self, weight: Tensor | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float | Tensor | Schedule = 0.0,
+        **options: object,
+    ) -> None:
         super().__init__()
         for name in _PER_CALL:
             if name in options:
                 raise TypeError(f"{name} belongs to one batch: pass it when calling the module")
-        schedule = options.get("label_smoothing")
-        if isinstance(schedule, Schedule):
-            options["label_smoothing"] = schedule.eps
-        spec = LossSpec(weight=weight, **options)  # type: ignore[arg-type]  # it checks them
+        schedule = label_smoothing
+        spec = LossSpec(
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction_of(reduction, size_average, reduce),
+            label_smoothing=schedule.eps if isinstance(schedule, Schedule) else schedule,
+            **options,  # type: ignore[arg-type]  # it checks them
+        )
+        backends.check_name(spec.backend)
+        if spec.weight is not None and isinstance(spec.smoothing, Tensor):
+            good = spec.weight.shape == spec.smoothing.shape
+            require(good, "smoothing", spec.smoothing, f"of the shape {tuple(spec.weight.shape)} of weight")
         for name in _DEFAULTS:
             value = getattr(spec, name)
             if name == "label_smoothing" and isinstance(schedule, Schedule):
@@ -65,7 +83,8 @@ class CrossEntropyLoss(nn.Module):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
-        return apply_spec(input, target, LossSpec(row_weight=row_weight, normalizer=normalizer, **self._options()))
+        options = {**self._options(), "row_weight": row_weight, "normalizer": normalizer}
+        return apply_spec(input, target, LossSpec.of(options))
 
     def extra_repr(self) -> str:
         values = self._options()
@@ -109,10 +128,24 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         for name in ("class_dim", "inplace"):
             if name in loss_options:
                 raise TypeError(f"{name} is an option of CrossEntropyLoss: here no logits exist")
-        super().__init__(weight, ignore_index=-100 if ignore_index is None else ignore_index, **loss_options)
+        super().__init__(weight, ignore_index=-100 if ignore_index is None else ignore_index, **loss_options)  # type: ignore[arg-type]
         self.num_classes, self.out_features, self.how = num_classes, tuple(out_features), LinearSpec(**how)  # type: ignore[arg-type]
+        self._check_options()
         rows = math.prod(self.out_features, start=num_classes)
         self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def _check_options(self) -> None:
+        """Raise for options that fit no call, so many classes being known."""
+        spec, k = LossSpec(**self._options()), self.num_classes
+        for name, value in (("weight", spec.weight), ("smoothing", spec.smoothing)):
+            good = not isinstance(value, Tensor) or value.shape == (k,)
+            require(good, name, value, f"of shape ({k},), one value per class")
+        good = not (spec.others and spec.smooths and k == 1)
+        require(good, "smoothing", spec.smoothing, "'uniform' where num_classes is 1: there is no other class")
+        if self.how.method == "tiled":
+            positions = math.prod(self.out_features)
+            if reasons := options_not_tiled(spec, spec.backend or "triton", positions):
+                raise ArgumentError(f"method='tiled' cannot serve these options: {'; '.join(reasons)}")
 
     def forward(
         self,

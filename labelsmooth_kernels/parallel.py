@@ -21,7 +21,7 @@ from .linear import LinearSpec, TopK, check_operands, top_k
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, check_names, options_of, require, transformed
+from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, check_names, options_of, plain_int, require, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +113,7 @@ def linear_cross_entropy(
     with told(group, input):
         known = grad_reduce in ("all", "scatter", "none")
         require(known, "grad_reduce", grad_reduce, "'all', 'scatter' or 'none'")
-        LinearSpec(chunk_rows=chunk_rows, grad_accumulation=grad_accumulation)
+        chunk_rows = LinearSpec(chunk_rows=chunk_rows, grad_accumulation=grad_accumulation).chunk_rows
         for name in ("class_dim", "inplace"):
             if name in options:
                 raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
@@ -124,7 +124,7 @@ def linear_cross_entropy(
         require(good, "input", input, "of shape (N, D) or (..., D) with grad_reduce='scatter'")
         spec = LossSpec(weight=weight, class_dim=input.dim() - 1, **options)
         ranks = dist.get_world_size(group) if grad_reduce == "scatter" else 1
-        _check_num_classes(num_classes)
+        num_classes = _checked_num_classes(num_classes)
         rows, shape, indices = _linear_rows(_stand_in(input, linear_weight, ranks), target, spec)
         chosen = _backend(rows)
         if not rows.index_target and rows.target.requires_grad and torch.is_grad_enabled():
@@ -151,7 +151,7 @@ def apply_spec(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """:func:`cross_entropy` with its options already in a :class:`LossSpec`."""
     with told(group, input):
-        _check_num_classes(num_classes)
+        num_classes = _checked_num_classes(num_classes)
         rows, shape = prepare(input, target, spec, shard=True)
         chosen = _backend(rows)
     where = Where.of(rows, shape, group, num_classes, chosen.name)
@@ -200,9 +200,11 @@ def _check(function: str, options: dict[str, Any], tensors: dict[str, object]) -
             )
 
 
-def _check_num_classes(num_classes: object) -> None:
+def _checked_num_classes(num_classes: int | None) -> int | None:
+    num_classes = plain_int(num_classes)
     good = num_classes is None or (isinstance(num_classes, int) and not isinstance(num_classes, bool))
     require(good, "num_classes", num_classes, "the number of classes of all ranks, an int, or None")
+    return num_classes
 
 
 def _backend(rows: Rows) -> backends.Backend:

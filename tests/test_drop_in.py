@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +16,7 @@ from cases import Place, loss_and_grad
 from conftest import EMULATED
 from drop_in import K, X, Y, arguments
 from torch import Tensor, nn
+from tracing import compiled, compiler
 
 import labelsmooth_kernels as lsk
 
@@ -149,6 +154,136 @@ def test_refusals_name_value_and_allowed(name: str) -> None:
     value, message = OURS_ALONE[name]
     with pytest.raises(lsk.ArgumentError, match=message):
         lsk.cross_entropy(X, Y, **{name: value})
+
+
+THEIRS = ["functional.cross_entropy", "CrossEntropyLoss", "functional.linear_cross_entropy", "LinearCrossEntropyLoss"]
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_every_parameter_of_pytorch_is_ours(name: str) -> None:
+    """The positional ones in its order; those by keyword with its defaults."""
+    theirs, name = nn if "functional" not in name else F, name.split(".")[-1]
+    if not hasattr(theirs, name):
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    ours, want = (dict(inspect.signature(getattr(m, name)).parameters) for m in (lsk, theirs))
+    by_place = [n for n, p in want.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(by_place)] == by_place
+    spec = inspect.signature(lsk.LossSpec).parameters
+    takes_options = any(p.kind is p.VAR_KEYWORD for p in ours.values())
+    for n, parameter in want.items():
+        own = ours[n] if n in ours or not takes_options else spec[n]
+        assert own.default == parameter.default
+        assert n not in by_place or own.kind is parameter.kind
+
+
+OLD_CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((None, None, 3), {}),
+    ((None, None, 3, None, "sum", 0.1), {}),
+    ((torch.linspace(0.2, 2, 5), False, 3), {"label_smoothing": 0.1}),
+    ((None, True, 3, False, "bogus"), {}),
+    ((), {"size_average": None, "reduce": None}),
+    ((), {"size_average": True, "reduction": "sum"}),
+    ((), {"reduce": False}),
+    ((), {"reduction": "elementwise_mean"}),
+]
+
+
+@pytest.mark.parametrize(("given", "options"), OLD_CALLS)
+def test_old_calls_mean_what_they_mean_in_pytorch(given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    y, found = torch.tensor([0, 3, 4, 1]), []
+    for f, module in ((F.cross_entropy, nn.CrossEntropyLoss), (lsk.cross_entropy, lsk.CrossEntropyLoss)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loss = f(x, y, *given, **options)
+            texts = [(str(w.message), w.category) for w in said]
+            found.append((loss, texts, module(*given, **options)(x, y)))
+    (want, want_texts, want_module), (got, texts, of_module) = found
+    torch.testing.assert_close((got, of_module), (want, want_module))
+    assert texts == want_texts
+
+
+@compiler
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_old_calls_in_one_graph() -> None:
+    for options in ({"size_average": False}, {"reduce": False}, {"reduction": "elementwise_mean"}):
+        loss = compiled(functools.partial(lsk.cross_entropy, **options))[0](X, Y)
+        torch.testing.assert_close(loss, F.cross_entropy(X, Y, **options))
+
+
+class _Index:
+    def __index__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3]), _Index()], ids=repr)
+def test_what_stands_for_an_int_is_one(value: Any) -> None:
+    """As in PyTorch; where an option is another's than PyTorch's too."""
+    x, y = torch.randn(4, 5), torch.tensor([0, 3, 4, 1])
+    want = F.cross_entropy(x, y, ignore_index=value)
+    torch.testing.assert_close(lsk.cross_entropy(x, y, ignore_index=value), want)
+    torch.testing.assert_close(lsk.CrossEntropyLoss(ignore_index=value)(x, y), want)
+    torch.testing.assert_close(lsk.linear_cross_entropy(x, torch.eye(5), y, ignore_index=value, chunk_rows=value), want)
+    assert type(lsk.LossSpec(class_dim=value).class_dim) is int
+    for wrong in (True, np.bool_(True), 3.0, "3"):
+        with pytest.raises(lsk.ArgumentError, match="ignore_index must be an int, got "):
+            lsk.cross_entropy(x, y, ignore_index=wrong)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    x, y = torch.randn(4, 5), torch.tensor([0, 3, 4, 1])
+    want = F.cross_entropy(x, y, label_smoothing=np.float32(0.25))
+    assert torch.equal(lsk.cross_entropy(x, y, label_smoothing=np.float32(0.25)), want)
+    for name in ("z_loss", "confidence_penalty", "logit_scale", "softcap", "normalizer"):
+        own = (lsk.cross_entropy(x, y, **{name: number}) for number in (np.float32(0.25), np.int64(1)))
+        plain = (lsk.cross_entropy(x, y, **{name: number}) for number in (0.25, 1))
+        assert all(map(torch.equal, own, plain))
+
+
+LATE: list[tuple[type, tuple[int, ...], dict[str, Any], str]] = [  # options that fit no call
+    (lsk.CrossEntropyLoss, (), {"weight": torch.ones(2, 3)}, r"weight must be a floating-point tensor of shape \(K,\)"),
+    (lsk.CrossEntropyLoss, (), {"weight": torch.ones(3, dtype=torch.int64)}, "weight must be a floating-point tensor"),
+    (lsk.CrossEntropyLoss, (), {"smoothing": torch.ones(3, dtype=torch.int64)}, "smoothing must be a floating-point"),
+    (lsk.CrossEntropyLoss, (), {"backend": "fpga"}, "backend must be one of .*got 'fpga'"),
+    (lsk.CrossEntropyLoss, (), {"inplace": "yes"}, "inplace must be a bool, got 'yes'"),
+    (lsk.CrossEntropyLoss, (), {"weight": torch.ones(3), "smoothing": torch.ones(2) / 2}, r"smoothing must .*\(3,\)"),
+    (lsk.LabelSmoothingCrossEntropy, (), {"eps": 1.5}, "label_smoothing must be .*1.5"),
+    (lsk.LabelSmoothingCrossEntropy, (), {"reduction": "avg"}, "reduction must be .*'avg'"),
+    (lsk.LinearCrossEntropyLoss, (3, 2), {"weight": torch.ones(3)}, r"weight must be of shape \(2,\)"),
+    (lsk.LinearCrossEntropyLoss, (3, 2), {"smoothing": torch.ones(3) / 3}, r"smoothing must be of shape \(2,\)"),
+    (lsk.LinearCrossEntropyLoss, (3, 1), {"smoothing": "others", "label_smoothing": 0.1}, "num_classes is 1"),
+    (lsk.LinearCrossEntropyLoss, (3, 2), {"method": "tiled", "softcap": 5.0}, "method='tiled' cannot .*softcap"),
+    (lsk.LinearCrossEntropyLoss, (3, 2), {"method": "tiled", "backend": "cpu"}, "'cpu' has no tiled kernels"),
+    (lsk.LinearCrossEntropyLoss, (3, 2), {"chunk_rows": 0}, "chunk_rows must be an int > 0"),
+]
+
+
+@pytest.mark.parametrize(("module", "sizes", "options", "message"), LATE)
+def test_a_module_refuses_when_it_is_made(
+    module: type, sizes: tuple[int, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(lsk.ArgumentError, match=message):
+        module(*sizes, **options)
+
+
+def test_difference_probabilities_of_no_classes() -> None:
+    none = torch.zeros(5, 0)
+    assert F.cross_entropy(none, none).isnan()
+    with pytest.raises(IndexError, match=r"input must have a class for every target, got shape \(5, 0\)"):
+        lsk.cross_entropy(none, none)
+
+
+def test_difference_targets_without_weight() -> None:
+    """The smoothed part is divided by a weight of 0: inf here, and the NaN of 0·inf there."""
+    x, weight = torch.randn(4, 5), torch.tensor([0.0, 1, 1, 1, 1])
+    got, want = (f(x, Y, weight, label_smoothing=0.1) for f in (lsk.cross_entropy, F.cross_entropy))
+    assert (got.item(), want.isnan().item()) == (torch.inf, True)
+
+
+def test_difference_smoothing_as_text() -> None:
+    for f, kind in ((F.cross_entropy, TypeError), (lsk.cross_entropy, ValueError)):
+        with pytest.raises(kind, match="label_smoothing"):
+            f(X, Y, label_smoothing="0.1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
