@@ -41,6 +41,16 @@ def row_arguments(rows: Rows, row_scale: Tensor | None) -> RowCall:
     )  # fmt: skip
 
 
+CARRIED = frozenset(
+    {
+        "weight", "ignore_index", "reduction", "label_smoothing", "smoothing", "smooth_over", "class_dim", "z_loss",
+        "confidence_penalty", "logit_scale", "softcap", "row_weight", "normalizer", "inplace", "return_stats",
+        "backend",
+    }
+)  # fmt: skip
+"""The options that reach a call which is rebuilt from an operator's arguments, by :func:`called_rows` or beside it."""
+
+
 def called_rows(logits: Tensor, call: RowCall, n_stats: int, **options: Any) -> Rows:
     """The inverse: the rows of an operator's call, with the options of the spec that no operator sees. ``row_scale``
     becomes the row weight."""

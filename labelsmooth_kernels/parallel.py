@@ -9,6 +9,7 @@ more than 16 ranks, in an all-to-all whose results are gathered; the same bits o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
+from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
 from .linear import LinearSpec, TopK, check_operands, top_k
 from .parallel_linear import Head, ShardedLinear
@@ -207,8 +209,15 @@ def _checked_num_classes(num_classes: int | None) -> int | None:
     return num_classes
 
 
+_LEFT_OUT = tuple((f.name, f.default) for f in dataclasses.fields(LossSpec) if f.name not in CARRIED)
+
+
 def _backend(rows: Rows) -> backends.Backend:
     spec = rows.spec
+    for name, default in _LEFT_OUT:
+        value = getattr(spec, name)
+        given = isinstance(value, Tensor) or value != default
+        require(not given, name, value, f"{default!r} where classes are sharded, which does not serve it yet")
     if transformed():
         raise NotImplementedError("torch.func and forward mode are not served where classes are sharded")
     for name, value in (
