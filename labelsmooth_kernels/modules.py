@@ -31,7 +31,8 @@ class CrossEntropyLoss(nn.Module):
     buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. A
     :class:`labelsmooth_kernels.smoothing.Schedule` as ``label_smoothing`` is asked for its ε in every call.
     ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see
-    the function.
+    the function. What fits no call is refused here: class weights and a prior of different lengths, an unknown backend.
+    ``size_average`` and ``reduce`` are PyTorch's deprecated spelling of ``reduction``, with its warning.
     """
 
     @checks_names("CrossEntropyLoss", LOSS_OPTIONS)

@@ -79,9 +79,7 @@ def test_public_names_are_pinned() -> None:
     assert all(hasattr(lsk, name) for name in lsk.__all__)
     assert list(inspect.signature(lsk.cross_entropy).parameters) == PARAMETERS.split()
     options = [name for name in PARAMETERS.split()[2:] if name not in ("size_average", "reduce")]
-    assert options == list(inspect.signature(lsk.LossSpec).parameters), (
-        "one frozen object holds every option"
-    )
+    assert options == list(inspect.signature(lsk.LossSpec).parameters), "one frozen object holds every option"
     assert (PACKAGE / "py.typed").exists()
 
 
