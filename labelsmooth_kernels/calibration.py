@@ -31,7 +31,7 @@ from torch import Tensor
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 from .reference import RowStats
-from .spec import INDEX_DTYPES, ArgumentError, require, traced
+from .spec import INDEX_DTYPES, ArgumentError, readable, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -193,7 +193,7 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
     require(good, "target", target, f"class indices of the shape {tuple(stats.nll.shape)} of the statistics")
     counted = (target != ignore_index).reshape(-1)
     confidence, nll = stats.confidence.reshape(-1), stats.nll.reshape(-1)
-    if confidence.device.type == "cpu" and not traced():
+    if readable(confidence):
         outside = counted & ~((confidence >= 0) & (confidence <= 1) | confidence.isnan())
         if outside.any():
             row = int(outside.nonzero()[0])

@@ -162,24 +162,31 @@ def hugging_face(epsilon: Number = 0.1, ignore_index: int = -100, num_items_in_b
 
 
 def keras(
-    label_smoothing: Number = 0.0, reduction: str | None = "sum_over_batch_size", sample_weight: Tensor | None = None
+    label_smoothing: Number = 0.0, reduction: str | None = "sum_over_batch_size", sample_weight: Number | None = None
 ) -> Options:
     """Keras 3, ``CategoricalCrossentropy`` in src/losses/losses.py: -Σ ((1-ε)·t + ε/K)·log p for probabilities t.
 
     Targets may be one-hot or probabilities, as there, or class indices. ``from_logits=False``: pass ``p.log()``; theirs
-    clips p to [1e-7, 1 - 1e-7], ours does not. ``sample_weight`` has one value per row.
+    clips p to [1e-7, 1 - 1e-7], ours does not. ``sample_weight`` is one number for all rows or has one per row, in the
+    shape of the rows or (N, 1) for rows (N,); their other shapes, which broadcast, raise here.
 
-    Divides by the number of rows, whatever the weights are; ``"mean_with_sample_weight"`` by the sum of the weights.
+    Divides by the number of rows, whatever the weights are; ``"mean_with_sample_weight"`` by the sum of the weights as
+    they are given, which for one number is that number: their loss is then the sum of the rows.
     Source: keras 3.15.1.
     """
     reductions: dict[str | None, str] = {"sum": "sum", "none": "none", None: "none"}
     reductions |= dict.fromkeys(("sum_over_batch_size", "mean", "mean_with_sample_weight"), "mean")
     require(reduction in reductions, "reduction", reduction, f"one of {tuple(reductions)}")
     options = _smoothed(label_smoothing, "uniform", reduction=reductions[reduction])
-    if sample_weight is not None:
-        options["row_weight"] = sample_weight
-        if reduction in ("sum_over_batch_size", "mean"):
-            options["normalizer"] = sample_weight.numel()
+    if sample_weight is None:
+        return options
+    if not isinstance(sample_weight, Tensor):
+        sample_weight = torch.tensor(sample_weight, dtype=torch.float64)
+    options["row_weight"] = sample_weight
+    if reduction in ("sum_over_batch_size", "mean"):
+        options["normalizer"] = "rows"
+    elif reduction == "mean_with_sample_weight" and sample_weight.numel() == 1:
+        options["normalizer"] = sample_weight
     return options
 
 

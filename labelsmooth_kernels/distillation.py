@@ -21,11 +21,22 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
+from .arguments import checks_names
 from .autograd import graph_is_kept, row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import check_same_device, check_targets, denominator, prepare, reduce
 from .linear import Teacher, teacher_rows
-from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, Rows, accumulate_dtype, checks_names, require, transformed
+from .spec import (
+    FLOAT_DTYPES,
+    ArgumentError,
+    LossSpec,
+    Rows,
+    accumulate_dtype,
+    readable,
+    refuse_gradient,
+    require,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +89,7 @@ def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
 
 def _check_probabilities(name: str, values: Tensor) -> None:
     """Looks at them only where that needs no synchronisation."""
-    if values.device.type == "cpu" and values.numel() and not (torch.compiler.is_compiling() or transformed()):
+    if values.numel() and readable(values):
         least = values.detach().amin().item()
         require(not least < 0, name, least, ">= 0 everywhere")
 
@@ -97,7 +108,7 @@ def distillation_loss(
     smoothing: str | Tensor = "uniform",
     class_dim: int | None = None,
     row_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | str | Tensor | None = None,
     return_terms: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, DistillationTerms]:
@@ -108,7 +119,7 @@ def distillation_loss(
         input: the student's logits, as in :func:`labelsmooth_kernels.cross_entropy`.
         teacher: logits of the shape of ``input``; :class:`Probabilities` of that shape; or a
             :class:`labelsmooth_kernels.Teacher` (hidden states and a head), whose logits are made a chunk of rows at a
-            time. A constant: no gradient reaches it.
+            time. A constant: compute it under torch.no_grad or detach() it; where it requires a gradient, that raises.
         target: class indices as in ``cross_entropy``; rows with ``ignore_index`` have zero loss and gradient, of both
             terms. None: no second term, every row counts, and ``alpha`` is 1.
         temperature: T > 0, of both sides of the first term; from a few hundred on T²·KL is what float32 leaves of it.
@@ -206,6 +217,7 @@ class _Source(NamedTuple):
         require(values.dtype in FLOAT_DTYPES, "teacher", values, "floating point")
         require(values.shape == input.shape, "teacher", values, f"of the shape {tuple(input.shape)} of input")
         check_same_device("teacher", values, input)
+        refuse_gradient("teacher", values)
         if form == "probabilities":
             _check_probabilities("teacher", values)
         values = values.detach().movedim(class_dim, -1)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import backends
-from .functional import CHECK_TARGETS, cross_entropy
+from .functional import cross_entropy
+from .spec import CHECK_TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

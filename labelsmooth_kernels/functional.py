@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
+from .arguments import checks_names
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
 from .spec import (
+    CHECK_TARGETS,
     FLOAT_DTYPES,
     INDEX_DTYPES,
     ArgumentError,
@@ -20,15 +22,13 @@ from .spec import (
     Rows,
     accumulate_dtype,
     check_index_targets,
-    checks_names,
+    check_prior,
+    prior_mass,
+    readable,
     reduction_of,
     require,
-    traced,
     transformed,
 )
-
-CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
-"""The environment variable that makes an out-of-range target raise on a GPU too; looking synchronises."""
 
 
 @overload
@@ -78,7 +78,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     row_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
+    normalizer: float | str | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool | str = False,
     backend: str | None = None,
@@ -101,7 +101,7 @@ def cross_entropy(
             ``"none"``.
         label_smoothing: ε <= 1, a number, a one-element tensor (a schedule) or one value per row; ε < 0 sharpens.
         smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,)
-            summing to 1.
+            of entries >= 0 that sum to 1, within 2⁻⁶ + K·2⁻²⁵ (what a cast to half precision costs).
         smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is
             renormalised. A mask of ``torch.finfo(dtype).min`` is finite, and its share of ε makes the loss infinite:
             mask with -inf.
@@ -109,9 +109,9 @@ def cross_entropy(
         confidence_penalty: β of Pereyra et al. 2017, rewards entropy; below 0 it is entropy minimisation (Grandvalet
             and Bengio 2004), and all there is beside probabilities of zeros as ``target``.
         z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap.
-        row_weight: a factor for every row's loss, of the shape of target.
+        row_weight: a factor for every row's loss, of the shape of target; or one, or (N, 1) for rows (N,).
         normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
-            never synced.
+            never synced; or ``"rows"``: the number of valid rows, whatever their weights are.
         inplace: let the gradient overwrite ``input`` (or the copy that its layout needs): with a mean or a sum the
             logits are gone once the loss is returned. Autograd raises where their old values, or the gradient, are
             missed.
@@ -127,6 +127,7 @@ def cross_entropy(
             allowed.
         IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
             are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
+            Priors are looked at under the same conditions.
 
     Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 four
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
@@ -202,7 +203,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     )
     weight, prior = _class_vector("weight", spec.weight, logits), None
     if isinstance(spec.smoothing, Tensor):
-        prior = _class_vector("smoothing", spec.smoothing, logits)
+        prior = _prior(spec.smoothing, logits, shard)
     if spec.others and num_classes == 1 and spec.smooths and not shard:
         raise ArgumentError(
             "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
@@ -297,9 +298,19 @@ def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | 
     return vector.to(accumulate_dtype(logits.dtype)).contiguous()
 
 
+def _prior(smoothing: Tensor, logits: Tensor, shard: bool) -> Tensor | None:
+    """The prior as a class vector, once it is known to be one. A shard's sum is checked where the ranks meet."""
+    prior = _class_vector("smoothing", smoothing, logits)
+    if not shard:
+        check_prior(smoothing)
+    else:
+        prior_mass(smoothing)
+    return prior
+
+
 def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
-    """A tensor option of one value or one per row, flat, in the dtype of the arithmetic."""
-    if values.numel() != 1 and values.shape != shape:
+    """A tensor option of one value or one per row, flat, in the dtype of the arithmetic; (N, 1) stands for (N,)."""
+    if values.numel() != 1 and values.shape not in (shape, (*shape, 1)):
         raise ArgumentError(
             f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}"
         )
@@ -320,7 +331,7 @@ def _scalar(value: float, logits: Tensor) -> Tensor:
 
 def check_targets(rows: Rows) -> None:
     """Raise IndexError for the first target that is neither a class nor ignore_index (synchronises with a GPU)."""
-    if rows.index_target and not traced():
+    if rows.index_target and readable(rows.target):
         check_index_targets(rows.target, rows.logits.shape[-1], rows.spec.ignore_index)
 
 
@@ -334,6 +345,8 @@ def denominator(rows: Rows) -> Tensor | None:
         return None
     if spec.normalizer is None:
         return reference.normalizer(rows)
+    if isinstance(spec.normalizer, str):  # "rows"
+        return reference.normalizer(rows._replace(weight=None, row_weight=None))
     if isinstance(spec.normalizer, Tensor):
         return spec.normalizer.reshape(()).to(rows.logits.device, accumulate_dtype(rows.logits.dtype))
     return _scalar(spec.normalizer, rows.logits)

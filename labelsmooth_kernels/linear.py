@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .arguments import checks_names, plain_int
 from .chunked import Soft, dense_target
 from .functional import (
-    CHECK_TARGETS,
     apply_spec,
     check_same_device,
     check_targets,
@@ -34,16 +34,16 @@ from .functional import (
 )
 from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
 from .spec import (
+    CHECK_TARGETS,
     FLOAT_DTYPES,
     INDEX_DTYPES,
     LOSS_OPTIONS,
     ArgumentError,
     LossSpec,
     Rows,
-    checks_names,
-    plain_int,
+    readable,
+    refuse_gradient,
     require,
-    traced,
     transformed,
 )
 
@@ -57,12 +57,13 @@ class TopK(NamedTuple):
     indices: Tensor
     """(..., k) int64, int32 or uint8 classes; where one occurs twice its probabilities add up"""
     probabilities: Tensor
-    """(..., k) floating point, not assumed to sum to 1"""
+    """(..., k) floating point, not assumed to sum to 1; without a gradient, which dense probabilities have"""
 
 
 class Teacher(NamedTuple):
     """A soft target softmax(logit_scale·(hidden·linear_weightᵀ + linear_bias)), computed a chunk of rows at a time;
-    ``linear_cross_entropy`` takes it as ``target``. A constant: no gradient reaches the teacher."""
+    ``linear_cross_entropy`` takes it as ``target``. A constant: a tensor of it that requires a gradient raises an
+    ArgumentError, so compute it under torch.no_grad or detach() it."""
 
     hidden: Tensor
     """(..., D') of any D'"""
@@ -151,7 +152,8 @@ def linear_cross_entropy(
         options: accepted for the sake of ``F.linear_cross_entropy``; how that function chunks has no meaning here.
         loss_options: ``reduction``, ``label_smoothing``, ``smoothing``, ``smooth_over``, ``z_loss``,
             ``confidence_penalty``, ``logit_scale``, ``softcap``, ``row_weight``, ``normalizer``, ``return_stats``,
-            ``backend`` of ``cross_entropy``.
+            ``backend`` of ``cross_entropy``; ``class_dim`` where it names the place that the classes have anyway, such
+            as -1.
 
     Returns:
         What ``cross_entropy`` returns.
@@ -162,9 +164,8 @@ def linear_cross_entropy(
     Only gradients that are demanded are computed and allocated. A second derivative is taken through whole logits.
     Source: the chunks of Liger Kernel (Hsu et al. 2024), the tiles of Wijmans et al. 2025, "Cut Your Losses".
     """
-    for name in ("class_dim", "inplace"):
-        if name in loss_options:
-            raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
+    if isinstance(input, Tensor) and isinstance(linear_weight, Tensor):  # else the gate says so
+        loss_options = head_options(loss_options, input.dim(), linear_weight.dim())
     if is_dtensor(input) or is_dtensor(linear_weight):
         given = {"ignore_index": -100 if ignore_index is None else ignore_index, "weight": weight, **loss_options}
         chunks = {"chunk_rows": chunk_rows, "grad_accumulation": grad_accumulation}
@@ -193,6 +194,18 @@ def linear_cross_entropy(
         return apply_spec(call.logits(), call.dense_target(), spec)
     reduced, stats = _fused(call, chosen, how)
     return shaped(reduced, stats, call.shape, spec)
+
+
+def head_options(options: dict[str, Any], input_dim: int | None, weight_dim: int) -> dict[str, Any]:
+    """The options of ``cross_entropy`` that a head has: all but ``inplace`` and ``class_dim``, which may only say where
+    the classes are: last for a ``linear_weight`` of 2 dimensions, else 1; ``input_dim`` is None if not yet known."""
+    if "inplace" in options:
+        raise TypeError("inplace is an option of cross_entropy: here no logits exist")
+    places = [1] if weight_dim > 2 else [-1] if input_dim is None else [-1, input_dim - 1]
+    if "class_dim" in options:
+        allowed = f"one of {places}, where a head of these shapes has its classes"
+        require(options["class_dim"] in places, "class_dim", options["class_dim"], allowed)
+    return {name: value for name, value in options.items() if name != "class_dim"}
 
 
 class _Call(NamedTuple):
@@ -250,7 +263,8 @@ def check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
 
 
 def _autocasts(input: Tensor) -> bool:
-    return input.dtype != torch.float64 and torch.is_autocast_enabled(input.device.type)
+    kind = input.device.type  # of which "meta" has no autocast
+    return kind != "meta" and input.dtype != torch.float64 and torch.is_autocast_enabled(kind)
 
 
 def _prepare_linear(
@@ -310,7 +324,7 @@ def top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
 
 def check_top_k(indices: Tensor, num_classes: int) -> None:
     """Raise IndexError for what is no class, on a CPU."""
-    if indices.device.type == "cpu" and indices.numel() and not traced():
+    if indices.numel() and readable(indices):
         least, largest = indices.min().item(), indices.max().item()
         if least < 0 or largest >= num_classes:
             raise IndexError(f"target.indices must be in [0, {num_classes}), got {least if least < 0 else largest}")
@@ -327,6 +341,7 @@ def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, S
             good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
             require(good, f"{name}.{part}", value, "a floating-point Tensor")
             check_same_device(f"{name}.{part}", value, logits)  # type: ignore[arg-type]
+            refuse_gradient(f"{name}.{part}", value)
     require(hidden.dim() > 0 and hidden.shape[:-1] == shape, f"{name}.hidden", hidden, f"of shape {(*shape, 'D')}")
     head = (num_classes, hidden.shape[-1])
     require(weight.shape == head, f"{name}.linear_weight", weight, f"of shape {head}")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .arguments import checks_names
 from .functional import apply_spec
-from .linear import LinearSpec, linear_cross_entropy, options_not_tiled
+from .linear import LinearSpec, head_options, linear_cross_entropy, options_not_tiled
 from .smoothing import Schedule
-from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, checks_names, reduction_of, require
+from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, check_prior, reduction_of, require
 
 if TYPE_CHECKING:
     from .linear import Teacher, TopK
@@ -59,9 +60,11 @@ class CrossEntropyLoss(nn.Module):
             **options,  # type: ignore[arg-type]  # it checks them
         )
         backends.check_name(spec.backend)
-        if spec.weight is not None and isinstance(spec.smoothing, Tensor):
-            good = spec.weight.shape == spec.smoothing.shape
-            require(good, "smoothing", spec.smoothing, f"of the shape {tuple(spec.weight.shape)} of weight")
+        if isinstance(spec.smoothing, Tensor):
+            shape = (spec.smoothing if spec.weight is None else spec.weight).shape
+            good = spec.smoothing.shape == shape
+            require(good, "smoothing", spec.smoothing, f"of the shape {tuple(shape)} of weight")
+            check_prior(spec.smoothing)
         for name in _DEFAULTS:
             value = getattr(spec, name)
             if name == "label_smoothing" and isinstance(schedule, Schedule):
@@ -82,7 +85,7 @@ class CrossEntropyLoss(nn.Module):
         target: Tensor,
         *,
         row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
+        normalizer: float | str | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         options = {**self._options(), "row_weight": row_weight, "normalizer": normalizer}
         return apply_spec(input, target, LossSpec.of(options))
@@ -94,11 +97,18 @@ class CrossEntropyLoss(nn.Module):
 
 
 class LabelSmoothingCrossEntropy(CrossEntropyLoss):
-    """The classic recipe: input (N, K), target (N,), q = (1-ε)[k=y] + ε/K (Szegedy et al. 2016)."""
+    """The classic recipe: input (N, K), target (N,), q = (1-ε)[k=y] + ε/K (Szegedy et al. 2016).
+
+    ε is the first argument, or ``eps=``, or ``smoothing=`` as in timm's class of this name; the attribute is
+    ``label_smoothing``, a number that may be changed.
+    """
 
     @checks_names("LabelSmoothingCrossEntropy")
-    def __init__(self, eps: float = 0.1, reduction: str = "mean") -> None:
-        super().__init__(label_smoothing=eps, reduction=reduction)
+    def __init__(self, eps: float | None = None, reduction: str = "mean", *, smoothing: float | None = None) -> None:
+        if eps is not None and smoothing is not None:
+            raise ArgumentError(f"smoothing is another name of eps: give one of them, got {eps!r} and {smoothing!r}")
+        eps = smoothing if eps is None else eps
+        super().__init__(label_smoothing=0.1 if eps is None else eps, reduction=reduction)
 
 
 class LinearCrossEntropyLoss(CrossEntropyLoss):
@@ -106,8 +116,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
     ``torch.nn.LinearCrossEntropyLoss``.
 
     The head is ``self.linear``, an ``nn.Linear(in_features, num_classes·prod(out_features), bias)``; to tie it to an
-    embedding assign ``loss.linear.weight = embedding.weight``. Options are those of the function, kept as attributes of
-    the same names; shapes, dtypes and errors: see there.
+    embedding assign ``loss.linear.weight = embedding.weight``. The loss reads its weight and bias and never calls it:
+    one that computes something else (an adapter, a hook) raises an ArgumentError; parametrizations and DTensors work.
+    Options are those of the function, kept as attributes of the same names; shapes, dtypes and errors: see there.
     """
 
     @checks_names("LinearCrossEntropyLoss", LOSS_OPTIONS | {f.name for f in dataclasses.fields(LinearSpec)})
@@ -126,9 +137,7 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         **loss_options: object,
     ) -> None:
         how = {f.name: loss_options.pop(f.name) for f in dataclasses.fields(LinearSpec) if f.name in loss_options}
-        for name in ("class_dim", "inplace"):
-            if name in loss_options:
-                raise TypeError(f"{name} is an option of CrossEntropyLoss: here no logits exist")
+        loss_options = head_options(loss_options, None, 2 + len(out_features))
         super().__init__(weight, ignore_index=-100 if ignore_index is None else ignore_index, **loss_options)  # type: ignore[arg-type]
         self.num_classes, self.out_features, self.how = num_classes, tuple(out_features), LinearSpec(**how)  # type: ignore[arg-type]
         self._check_options()
@@ -154,8 +163,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         target: Tensor | TopK | Teacher,
         *,
         row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
+        normalizer: float | str | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
+        _check_plain(self.linear)
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
         options = {name: value for name, value in self._options().items() if name not in ("class_dim", "inplace")}
         return linear_cross_entropy(
@@ -167,4 +177,25 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
             normalizer=normalizer,
             **dataclasses.asdict(self.how),
             **options,
+        )
+
+
+def _check_plain(linear: nn.Module) -> None:
+    """Raise for a head that computes more than ``F.linear(input, weight, bias)``, which the loss would leave out."""
+    reason = None
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        reason = f"{type(linear).__name__} with a forward of its own"
+    else:
+        registered = (
+            linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
+        )  # fmt: skip
+        for hook in (hook for hooks in registered for hook in hooks.values()):
+            # Those of parallelize_module only place inputs and outputs, as the loss of a DTensor head does by itself.
+            if not str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor"):
+                reason = f"one with the hook {getattr(hook, '__qualname__', type(hook).__name__)}"
+    if reason is not None:
+        raise ArgumentError(
+            f"linear must be an nn.Linear, whose weight and bias the loss reads without calling it, got {reason}: "
+            "merge it into the weight, make it a parametrization (torch.nn.utils.parametrize), or pass "
+            "loss.linear(input) to cross_entropy"
         )

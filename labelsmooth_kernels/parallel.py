@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
+from .arguments import check_names, options_of, plain_int
 from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
-from .linear import LinearSpec, TopK, check_operands, top_k
+from .linear import LinearSpec, TopK, check_operands, head_options, top_k
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, check_names, options_of, plain_int, require, transformed
+from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, require, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ def cross_entropy(
             rows on every rank. Rank order is class order: K = Σ K_r.
         target: class numbers from 0 to K - 1, the same on every rank; or probabilities of the shape of ``input``, of
             this rank's classes.
-        weight: (K_r,) of this rank's classes, like a prior given as ``smoothing``.
+        weight: (K_r,) of this rank's classes, like a prior given as ``smoothing``, which sums to 1 over all ranks.
         group: a process group; None: the default one.
         num_classes: K, where it is known; it saves a synchronisation with a GPU per call (see below).
         options: as in ``cross_entropy``, the same on every rank; none may require a gradient but ``row_weight`` and
@@ -116,9 +117,8 @@ def linear_cross_entropy(
         known = grad_reduce in ("all", "scatter", "none")
         require(known, "grad_reduce", grad_reduce, "'all', 'scatter' or 'none'")
         chunk_rows = LinearSpec(chunk_rows=chunk_rows, grad_accumulation=grad_accumulation).chunk_rows
-        for name in ("class_dim", "inplace"):
-            if name in options:
-                raise TypeError(f"{name} is an option of cross_entropy: here no logits exist")
+        if isinstance(input, Tensor):
+            options = head_options(options, input.dim(), 2)
         _check("linear_cross_entropy", options, {"input": input, "linear_weight": linear_weight, "target": target})
         check_operands(input, linear_weight, linear_bias)
         require(linear_weight.dim() == 2, "linear_weight", linear_weight, "of shape (K_r, D)")

@@ -22,7 +22,7 @@ from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall
 from .ranks import Agreement, Exchange, check_together, group_named, refuse_graph, told
 from .reference import RowStats
 from .shards import Place, Whole, find, gradient_call, plain_gradient, plain_target_gradient
-from .spec import LossSpec, Rows, accumulate_dtype
+from .spec import LossSpec, Rows, accumulate_dtype, prior_mass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,8 +48,8 @@ class Where(NamedTuple):
     @classmethod
     def of(cls, rows: Rows, shape: torch.Size, group: Any, num_classes: int | None, backend: str) -> Where:
         given = rows.spec.normalizer
-        if torch.compiler.is_compiling() and given is not None:  # as a tensor a changing number stays out of the graph
-            given = denominator(rows)
+        if isinstance(given, str) or (torch.compiler.is_compiling() and given is not None):
+            given = denominator(rows)  # "rows", and a number that changes, which as a tensor stays out of the graph
         tensor, number = (given.detach(), None) if isinstance(given, Tensor) else (None, given)
         return cls(
             tensor, number, rows.spec.reduction, group.group_name, num_classes, list(shape), backend, rows.spec.n_stats
@@ -68,7 +68,7 @@ class Where(NamedTuple):
         return Agreement(group_named(self.group), self._facts(rows) | more, rows.logits.device)
 
     def _facts(self, rows: Rows) -> dict[str, Any]:
-        """What must be the same on every rank, beside the number of classes, which need not."""
+        """What must be the same on every rank, beside :data:`ranks.OWN`, which need not."""
         spec, x = rows.spec, rows.logits
         facts: dict[str, Any] = {
             "classes": x.shape[-1], "shape of target": self.shape, "dtype": str(x.dtype), "device": x.device.type,
@@ -80,6 +80,8 @@ class Where(NamedTuple):
         }  # fmt: skip
         named = ("ignore_index", "reduction", "smooth_over", "z_loss", "confidence_penalty", "logit_scale", "softcap")
         facts |= {name: getattr(spec, name) for name in (*named, "return_stats")}
+        if rows.prior is not None:
+            facts["mass of smoothing"] = prior_mass(rows.prior)
         if rows.index_target:
             facts["checksum of target"] = checksum(rows.target)
         return facts
@@ -92,7 +94,7 @@ WHERE_SCHEMA = (
 RESULTS_SCHEMA = "Tensor loss, Tensor saved, Tensor e, Tensor w_y, Tensor stats, Tensor prediction"
 
 
-def _shown(value: float | Tensor | None, dtype: torch.dtype) -> object:
+def _shown(value: float | str | Tensor | None, dtype: torch.dtype) -> object:
     """A number or tensor as it is compared. A tensor of one element is its number, as torch.compile makes tensors of
     numbers; but not if 0, which as a number means that nothing is smoothed."""
     if isinstance(value, Tensor):
@@ -100,6 +102,8 @@ def _shown(value: float | Tensor | None, dtype: torch.dtype) -> object:
             return list(value.shape)
         if value.numel() != 1 or value == 0:
             return f"{tuple(value.shape)} of checksum {checksum(value)}"
+    if isinstance(value, str):
+        return value
     if value is None or dtype == torch.float64:
         return None if value is None else float(value)
     return float(f"{torch.tensor(value, dtype=torch.float32).item():.7g}")

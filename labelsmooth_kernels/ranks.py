@@ -13,12 +13,14 @@ from torch import Tensor
 
 from .fusing import fused, fuses
 from .shards import Found, Layout, Whole, merge, packed
-from .spec import ArgumentError, Rows, check_index_targets, outside_graphs
+from .spec import ArgumentError, Rows, check_index_targets, check_prior_mass, outside_graphs
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
 _HEADER = 2048  # bytes that a rank tells before a call
 _KEPT = 256
+OWN = ("classes", "mass of smoothing")
+"""Facts that every rank has its own of: how many classes, and the sum of their prior (None where nobody looked)."""
 _ERRORS = {kind.__name__: kind for kind in (ArgumentError, IndexError, NotImplementedError, TypeError)}
 _agreed: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
@@ -53,7 +55,7 @@ def refuse_graph() -> None:
 
 class Agreement:
     """The exchange of facts before a call, begun here and looked at in :meth:`wait`. The facts are the same on every
-    rank, but for "classes", how many it has; "error" holds the kind and the text of an error instead.
+    rank, but for :data:`OWN`; "error" holds the kind and the text of an error instead.
 
     To look waits for a GPU. So there, where the facts name the classes of all ranks, what was agreed once holds from
     then on: as long as as many classes are always cut alike, all ranks know the facts, or none does.
@@ -85,13 +87,14 @@ class Agreement:
                 raise _ERRORS.get(kind, RuntimeError)(f"rank {r}: {text}")
         for name in dict.fromkeys(itertools.chain(*facts)):
             values = [fact.get(name) for fact in facts]
-            if name != "classes" and any(value != values[0] for value in values):
+            if name not in OWN and any(value != values[0] for value in values):
                 raise ArgumentError(
                     f"{name} must be the same on all ranks, got {values} on ranks 0 to {len(facts) - 1}"
                 )
         starts = [0]
         for fact in facts:
             starts.append(starts[-1] + fact["classes"])
+        _check_masses(facts, starts[-1])
         known = facts[0].get("num_classes")
         if known not in (None, starts[-1]):
             raise ArgumentError(f"num_classes must be that of all ranks together, {starts[-1]}, got {known}")
@@ -100,6 +103,13 @@ class Agreement:
                 _agreed[self.group].clear()  # on all ranks at once: they make the same calls
             _agreed[self.group][self.mine] = tuple(starts)
         return Layout(rank, tuple(starts))
+
+
+def _check_masses(facts: list[dict[str, Any]], num_classes: int) -> None:
+    """Raise where a prior, of which every rank has read its part, is not normalised."""
+    masses = [mass for fact in facts if (mass := fact.get("mass of smoothing")) is not None]
+    if len(masses) == len(facts):
+        check_prior_mass(sum(masses), num_classes)
 
 
 class told:  # noqa: N801  # with told(group, input):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import inspect
 import math
-import numbers
-import operator
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -18,8 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum, legacy_get_string
 
+from .arguments import checks_names, plain_float, plain_int
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -27,6 +26,9 @@ _T = TypeVar("_T")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
+CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
+"""The environment variable that makes an out-of-range target, or a bad prior, raise on a GPU too; looking
+synchronises."""
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -93,62 +95,24 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the gate may read the values of an argument: they exist, outside of tracing and fake tensors, and reading
+    them does not synchronise, or :data:`CHECK_TARGETS` asks for it."""
+    if traced() or torch._C._get_tracing_state() is not None:
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or os.environ.get(CHECK_TARGETS) == "1"
+
+
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise an :class:`ArgumentError` that names the argument, its value and what is allowed, unless ``condition``."""
     if not condition:
         shown = f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
         raise ArgumentError(f"{name} must be {allowed}, got {shown}")
-
-
-def check_names(function: str, given: Iterable[str], options: Iterable[str]) -> None:
-    """Raise a TypeError for the first given name that is none of the ``options`` of a public function."""
-    for name in given:
-        if name not in options:
-            part = [option for option in options if name in option or option in name]  # bias and linear_bias
-            near = difflib.get_close_matches(name, part, 1, 0) or difflib.get_close_matches(name, options, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(sorted(options))}"
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
-
-
-def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> frozenset[str]:
-    """The names by which a function can be given its arguments, and ``more`` that its ``**options`` take."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
-
-
-def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option."""
-
-    def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        options = options_of(function, more) - {"self"}
-
-        @functools.wraps(function)
-        def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if not options.issuperset(kwargs):
-                check_names(name, kwargs, options)
-            return function(*args, **kwargs)
-
-        return run
-
-    return mark
-
-
-def plain_int(value: Any) -> Any:
-    """The int that a value with ``__index__`` stands for (NumPy's, a tensor of one int), as PyTorch takes them; any
-    other value, bools among them, as it is."""
-    if isinstance(value, int) or not hasattr(value, "__index__") or getattr(value, "dtype", None) == torch.bool:
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:  # NumPy's bool, a tensor that is no int
-        return value
-
-
-def plain_float(value: Any) -> Any:
-    """The float that a real number of another type (NumPy's float32) stands for; any other value as it is."""
-    if isinstance(value, int | float | Tensor) or not isinstance(value, numbers.Real):
-        return value
-    return float(value)
 
 
 _PLAIN = dict.fromkeys(("ignore_index", "class_dim"), plain_int) | dict.fromkeys(
@@ -166,6 +130,18 @@ def reduction_of(reduction: str, size_average: bool | None, reduce: bool | None)
 @constant_in_graphs  # torch.compile takes PyTorch's function for an operator, which returns no text
 def _old_reduction(size_average: bool | None, reduce: bool | None) -> str:
     return legacy_get_string(size_average, reduce)
+
+
+def refuse_gradient(name: str, tensor: Tensor | None) -> None:
+    """Raise an :class:`ArgumentError` where a derivative is asked of a tensor that the loss takes for a constant: a
+    gradient of None would go unseen."""
+    if tensor is None:
+        return
+    asked = tensor.requires_grad and torch.is_grad_enabled()
+    if not asked and transformed():
+        asked = forward_ad.unpack_dual(tensor).tangent is not None
+    if asked:
+        raise ArgumentError(f"{name} must not require a gradient: the loss takes it for a constant; detach() it")
 
 
 def _is_number(value: object) -> bool:
@@ -188,7 +164,7 @@ class LossSpec:
     logit_scale: float = 1.0
     softcap: float | None = None
     row_weight: Tensor | None = None
-    normalizer: float | Tensor | None = None
+    normalizer: float | str | Tensor | None = None
     inplace: bool = False
     return_stats: bool | str = False
     backend: str | None = None
@@ -253,12 +229,11 @@ class LossSpec:
             raise ArgumentError(
                 f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}"
             )
+        allowed = "a finite number > 0 or 'rows' or a tensor of one element"
         if isinstance(n, Tensor):
-            require(n.numel() == 1, "normalizer", n, "a number > 0 or a tensor of one element")
+            require(n.numel() == 1, "normalizer", n, allowed)
         else:
-            require(
-                _is_number(n) and 0 < n < math.inf, "normalizer", n, "a finite number > 0 or a tensor of one element"
-            )
+            require(n == "rows" or (_is_number(n) and 0 < n < math.inf), "normalizer", n, allowed)  # type: ignore[operator]
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> LossSpec:
@@ -315,13 +290,43 @@ def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
         require(eps.dtype in FLOAT_DTYPES, "label_smoothing", eps, "a number or a floating-point tensor")
-        if eps.device.type == "cpu" and eps.numel() and not traced():
+        if eps.numel() and readable(eps):
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf
             require(good, "label_smoothing", (smallest, largest), "finite and at most 1 from its least to its largest")
     else:
         good = _is_number(eps) and -math.inf < eps <= 1  # type: ignore[operator]
         require(good, "label_smoothing", eps, "a finite number of at most 1")
+
+
+def check_prior(prior: Tensor) -> None:
+    """Raise for a prior (K,) that is no distribution, where it is readable."""
+    mass = prior_mass(prior)
+    if mass is not None:
+        check_prior_mass(mass, len(prior))
+
+
+def prior_mass(prior: Tensor) -> float | None:
+    """Return the sum of a prior, or of a rank's part of it, whose entries must be >= 0; None where it is unreadable."""
+    if not readable(prior):
+        return None
+    prior = prior.detach()
+    least = prior.amin().item() if prior.numel() else 0.0
+    require(least >= 0, "smoothing", least, "a prior whose entries are all >= 0")  # false for NaN too
+    return prior.sum(dtype=accumulate_dtype(prior.dtype)).item()
+
+
+def check_prior_mass(mass: float, num_classes: int) -> None:
+    """Raise for a prior that is not normalised.
+
+    What a normalised one may be off by: bfloat16 rounds counts, their sum and the quotient by 2⁻⁸ each, 2⁻⁶ is more
+    than that; float16 rounds an entry below its normal numbers by up to 2⁻²⁵, all of them in one direction at worst.
+    The dtype says nothing of either, as a prior may have been cast since.
+    """
+    if not abs(mass - 1) <= 2**-6 + num_classes * 2**-25:
+        raise ArgumentError(
+            f"smoothing must be a prior that sums to 1, got one that sums to {mass:.7g}: divide it by that"
+        )
 
 
 def check_index_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:

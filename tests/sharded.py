@@ -57,6 +57,7 @@ def options(k: int) -> dict[str, dict[str, Any]]:
         "scale and cap": smoothed | {"logit_scale": -0.5, "softcap": 3.0},
         "row and class weights": smoothed | {"row_weight": rows, "weight": weight},
         "normalizer": smoothed | {"normalizer": torch.tensor(11)},
+        "over the rows": {"row_weight": rows, "weight": weight, "normalizer": "rows"},
         "sum": {"reduction": "sum", "weight": weight},
         "none": {"reduction": "none", "label_smoothing": torch.linspace(-0.3, 1, N, dtype=torch.float64)},
         "class 0 ignored": smoothed | {"ignore_index": 0},

@@ -18,6 +18,7 @@ from tracing import allocated
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends, ops
+from labelsmooth_kernels.distillation import Probabilities, distillation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -294,3 +295,78 @@ def test_layouts_are_not_copied(fast_place: Place, layout: str, probabilities: b
     target = lay(torch.softmax(x, -1).view(a, b, k)) if probabilities else y.view(a, b)
     used = memory_of(fast_place, leaf, target, class_dim=class_dim, label_smoothing=0.1, weight=torch.ones_like(x[0]))
     assert used - leaf.nbytes <= 256 * a * b + 8192 + 4 * 4 * k, "a few numbers per row and class, a few scalars"
+
+
+# ---- tensors beside the logits: a gradient, or an error
+
+TENSORS = {
+    "weight": positive(K), "smoothing": positive(K) / positive(K).sum(), "label_smoothing": positive(1)[0] / 4,
+    "label_smoothing of rows": positive(N) / 4, "row_weight": positive(N), "normalizer": positive(1) + 3,
+    "linear_bias": positive(K), "target": positive(N, K),
+}  # fmt: skip
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy": lambda h, w, y, **options: lsk.cross_entropy(h @ w.T, y, **options),
+    "linear_cross_entropy": lsk.linear_cross_entropy,
+    "distillation_loss": lambda h, w, y, **options: distillation_loss(h @ w.T, 2 * (h @ w.T).detach(), y, **options),
+}
+UNKNOWN = {("cross_entropy", "linear_bias")} | {
+    ("distillation_loss", name) for name in ("weight", "linear_bias", "target")
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_tensor_argument_has_its_gradient(call: str, name: str, alone: bool, reduction: str) -> None:
+    """In reverse mode and by torch.func, whether or not the logits have one too."""
+    argument = name.split()[0]
+    if (call, argument) in UNKNOWN or (argument == "normalizer" and reduction != "mean"):
+        pytest.skip("no such argument")
+    hidden, head = (positive(n, 3) for n in (N, K))
+    options = {"label_smoothing": 0.1, "target": torch.arange(N), "reduction": reduction}
+    if not alone:
+        hidden.requires_grad_()
+
+    def loss(value: Tensor) -> Tensor:
+        given = options | {argument: value}
+        return CALLS[call](hidden.detach() if alone else hidden, head, given.pop("target"), **given).sum()
+
+    value = TENSORS[name]
+    step = torch.linspace(-1e-6, 1e-6, value.numel()).reshape(value.shape) if value.numel() > 1 else 1e-6
+    want = (loss(value + step) - loss(value - step)).detach() / 2
+    leaf = value.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    for found in (grad, torch.func.grad(loss)(value)):
+        torch.testing.assert_close((found * step).sum(), want, rtol=1e-4, atol=1e-14)
+
+
+CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "target.hidden": lambda t: lsk.linear_cross_entropy(X, W, lsk.Teacher(t, W)),
+    "target.linear_weight": lambda t: lsk.linear_cross_entropy(X, W, lsk.Teacher(X, t)),
+    "target.linear_bias": lambda t: lsk.linear_cross_entropy(X, W, lsk.Teacher(X, W, t[0])),
+    "target.probabilities": lambda t: lsk.linear_cross_entropy(X, W, lsk.TopK(torch.arange(K).expand(K, K), t)),
+    "teacher": lambda t: distillation_loss(W, t),
+    "teacher ": lambda t: distillation_loss(W, Probabilities(t)),
+    "teacher.hidden": lambda t: distillation_loss(W, lsk.Teacher(t, W)),
+    "teacher.linear_weight": lambda t: distillation_loss(W, lsk.Teacher(X, t)),
+    "teacher.linear_bias": lambda t: distillation_loss(W, lsk.Teacher(X, W, t[0])),
+}
+X, W = positive(K, K), positive(K, K)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_that_requires_a_gradient_is_refused(name: str) -> None:
+    """A None, or no tangent, would go unseen."""
+    loss, leaf = CONSTANTS[name], positive(K, K).requires_grad_()
+    match = f"{name.strip()} must not require a gradient.*detach"
+    with pytest.raises(lsk.ArgumentError, match=match):
+        loss(leaf)
+    with pytest.raises(lsk.ArgumentError, match=match):
+        torch.func.grad(loss)(leaf.detach())
+    if name != "target.probabilities":  # whose tangent goes through whole logits
+        with pytest.raises(lsk.ArgumentError, match=match):
+            torch.func.jvp(loss, (leaf.detach(),), (torch.ones(K, K, dtype=torch.float64),))
+    with torch.no_grad():
+        want = loss(leaf)
+    torch.testing.assert_close(loss(leaf.detach()), want)

@@ -174,6 +174,24 @@ CASES = {
         lambda x, y, e: (keras_rows(x, y, e) * sample_weight()).mean(),
         lambda y, e, k: conventions.keras(e, sample_weight=sample_weight()),
     ),
+    "Keras, weights (N, 1)": Case(
+        lambda x, y, e: (keras_rows(x, y, e) * sample_weight()).mean(),
+        lambda y, e, k: conventions.keras(e, sample_weight=sample_weight()[..., None]),
+    ),
+    "Keras, one weight": Case(
+        lambda x, y, e: 2.3 * keras_rows(x, y, e).mean(),
+        lambda y, e, k: conventions.keras(e, "mean", torch.tensor(2.3, dtype=torch.float64)),
+    ),
+    "Keras, a number as weight": Case(
+        lambda x, y, e: 2.3 * keras_rows(x, y, e).mean(), lambda y, e, k: conventions.keras(e, sample_weight=2.3)
+    ),
+    "Keras, a number, not reduced": Case(
+        lambda x, y, e: 2.3 * keras_rows(x, y, e), lambda y, e, k: conventions.keras(e, None, 2.3)
+    ),
+    "Keras, mean with one weight": Case(
+        lambda x, y, e: (2.3 * keras_rows(x, y, e)).sum() / 2.3,
+        lambda y, e, k: conventions.keras(e, "mean_with_sample_weight", 2.3),
+    ),
     "Keras, mean with sample weights": Case(
         lambda x, y, e: torch.einsum("bt,bt", keras_rows(x, y, e), sample_weight()) / sample_weight().sum(),
         lambda y, e, k: conventions.keras(e, "mean_with_sample_weight", sample_weight()),
@@ -221,6 +239,22 @@ def difference(case: Case, k: int, eps: float, backend: str | None, **changed: A
 @pytest.mark.parametrize("name", CASES)
 def test_same_loss_and_gradient(name: str, k: int, eps: float, backend: str | None) -> None:
     assert difference(CASES[name], k, eps, backend) < 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_loss_of_a_head(name: str) -> None:
+    """The same arguments for the loss without logits, and for its module where none belongs to one batch."""
+    case, k = CASES[name], 7
+    x, y = draw(k, case.ignored)
+    options, target = case.options(y, 0.1, k), case.target(x, y)
+    want, want_grad = value_and_grad(lambda leaf: lsk.cross_entropy(leaf, target, **options), x)
+    eye = torch.eye(k, dtype=torch.float64)
+    got, grad = value_and_grad(lambda leaf: lsk.linear_cross_entropy(leaf, eye, target, **options), x)
+    torch.testing.assert_close((got, grad), (want, want_grad))
+    kept = {name: options.pop(name) for name in ("row_weight", "normalizer") if name in options}
+    head = lsk.LinearCrossEntropyLoss(k, k, dtype=torch.float64, **options)
+    head.linear.weight.data = eye
+    torch.testing.assert_close(head(x, target, **kept).detach(), want)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "timm, soft targets"])

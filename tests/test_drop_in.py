@@ -78,6 +78,20 @@ def test_same_as_the_module(options: dict[str, Any]) -> None:
         lsk.CrossEntropyLoss(smooting=0.1)
 
 
+def test_the_classic_module_takes_the_names_of_others() -> None:
+    """timm's ``smoothing``, ``eps``, by place, or nothing at all: ε is 0.1 then."""
+    for module, eps in (
+        (lsk.LabelSmoothingCrossEntropy(), 0.1),
+        (lsk.LabelSmoothingCrossEntropy(0.2), 0.2),
+        (lsk.LabelSmoothingCrossEntropy(smoothing=0.2), 0.2),
+        (lsk.LabelSmoothingCrossEntropy(smoothing=0), 0.0),
+        (lsk.LabelSmoothingCrossEntropy(eps=0.2), 0.2),
+    ):
+        torch.testing.assert_close(module(X, Y), F.cross_entropy(X, Y, label_smoothing=eps))
+    with pytest.raises(lsk.ArgumentError, match="smoothing is another name of eps: give one of them"):
+        lsk.LabelSmoothingCrossEntropy(0.1, smoothing=0.2)
+
+
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {  # what the message of ours must say
     "rows": ((X, Y[:3]), {}, r"target must have shape \(4,\) .*got \(3,\)"),
     "3-d rows": ((torch.zeros(4, 5, 3), Y[:, None]), {}, r"target must have shape \(4, 3\).*\(4, 1\)"),
@@ -216,7 +230,11 @@ class _Index:
         return 3
 
 
-@pytest.mark.parametrize("value", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3]), _Index()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3]), _Index()],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
+)
 def test_what_stands_for_an_int_is_one(value: Any) -> None:
     """As in PyTorch; where an option is another's than PyTorch's too."""
     x, y = torch.randn(4, 5), torch.tensor([0, 3, 4, 1])

@@ -129,9 +129,9 @@ def _linear(rank: int) -> None:
         for target in (soft, distribute_tensor(soft, mesh, [Shard(1)]), top):
             plain = target if target is top else soft
             want = lsk.linear_cross_entropy(hidden, head, plain, label_smoothing=EPS)
-            close(lsk.linear_cross_entropy(hidden, placed_head, target, label_smoothing=EPS), want)
+            close(lsk.linear_cross_entropy(hidden, placed_head, target, label_smoothing=EPS, class_dim=-1), want)
         whole = distribute_tensor(head, mesh, [Replicate()])
-        close(lsk.linear_cross_entropy(hidden, whole, soft), lsk.linear_cross_entropy(hidden, head, soft))
+        close(lsk.linear_cross_entropy(hidden, whole, soft, class_dim=-1), lsk.linear_cross_entropy(hidden, head, soft))
         close(
             lsk.linear_cross_entropy(hidden, whole, y, label_smoothing=EPS),
             lsk.linear_cross_entropy(hidden, head, y, label_smoothing=EPS),

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from heads import EPS, operands
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune, spectral_norm
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends
@@ -35,6 +37,13 @@ def test_bad_arguments_are_named() -> None:
     refused("filter_eps is for method='tiled'", filter_eps=0.0)
     refused("method='tiled' cannot serve this call: backend .* has no tiled kernels", method="tiled")
     refused("inplace is an option of cross_entropy", TypeError, inplace=True)
+    refused(r"class_dim must be one of \[-1, 1\], where a head .* got 0", class_dim=0)
+    refused(r"class_dim must be one of \[1\], where a head .* got -1", class_dim=-1, target=y[:, None],
+            linear_weight=weight[:, None])  # fmt: skip
+    with pytest.raises(lsk.ArgumentError, match=r"class_dim must be one of \[-1\]"):
+        lsk.LinearCrossEntropyLoss(8, 30, class_dim=1)
+    with pytest.raises(TypeError, match="inplace is an option of cross_entropy"):
+        lsk.LinearCrossEntropyLoss(8, 30, inplace=True)
     refused("unexpected keyword argument 'epsilon'", TypeError, epsilon=0.1)
     refused("linear_weight must be a Tensor, got list", TypeError, linear_weight=[1.0])
     refused("target must be a Tensor, TopK or Teacher, got str", TypeError, target="yes")
@@ -100,3 +109,77 @@ def test_the_plan_of_chunks(capfd: pytest.CaptureFixture[str], monkeypatch: pyte
     lsk.linear_cross_entropy(hidden, weight, y, chunk_rows=4, skip_ignored=False)
     if backends.BACKENDS["cpu"].unavailable() is None:
         assert "9 x 30 logits of torch.float32 in chunks of 4 rows" in capfd.readouterr().err
+
+
+class LowRank(nn.Module):
+    """What an adapter adds to a weight: as a parametrization of it, or beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias, self.in_features = [base], base.weight, base.bias, base.in_features
+        self.down = nn.Parameter(torch.full((2, base.in_features), 0.1))
+        self.up = nn.Parameter(torch.full((base.out_features, 2), 0.1).cumsum(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape == self.weight.shape:
+            return x + self.up @ self.down
+        return self.base[0](x) + x @ self.down.T @ self.up.T
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """Plain under another name."""
+
+
+def double(module: nn.Module, x: Any, result: Tensor) -> Tensor:
+    return 2 * result
+
+
+def hooked(linear: nn.Linear, register: str, hook: Any) -> nn.Linear:
+    getattr(linear, register)(hook)
+    return linear
+
+
+def replaced(linear: nn.Linear) -> nn.Linear:
+    linear.forward = lambda x: 2 * nn.Linear.forward(linear, x)  # type: ignore[method-assign]
+    return linear
+
+
+ADAPTED: dict[str, Any] = {
+    "LowRank with a forward of its own": LowRank,
+    "Twice with a forward of its own": lambda linear: Twice(8, 30),
+    "Linear with a forward of its own": replaced,
+    "Sequential with a forward of its own": nn.Sequential,
+    "one with the hook double": lambda linear: hooked(linear, "register_forward_hook", double),
+    "one with the hook": lambda linear: hooked(linear, "register_full_backward_hook", lambda m, g, h: None),
+    "one with the hook L1Unstructured": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "one with the hook SpectralNorm": spectral_norm,
+}
+
+
+@pytest.mark.parametrize("reason", ADAPTED)
+def test_a_head_that_computes_more_is_refused(reason: str) -> None:
+    hidden, _, _, y = operands(6, 8, 30, ("cpu", "cpu"))
+    loss = lsk.LinearCrossEntropyLoss(8, 30)
+    loss.linear = ADAPTED[reason](loss.linear)
+    with pytest.raises(lsk.ArgumentError, match=f"linear must be an nn.Linear.* got {reason}.*parametrize"):
+        loss(hidden, y)
+
+
+def test_heads_that_are_plain_or_parametrized() -> None:
+    """The adapter that is refused as a module is served as a parametrization, with its gradient."""
+    hidden, _, _, y = operands(6, 8, 30, ("cpu", "cpu"))
+    loss = lsk.LinearCrossEntropyLoss(8, 30, bias=True, label_smoothing=EPS)
+    loss.linear = Named(8, 30)
+    adapter = LowRank(loss.linear)
+    want = lsk.cross_entropy(adapter(hidden), y, label_smoothing=EPS)
+    parametrize.register_parametrization(loss.linear, "weight", adapter)
+    got = loss(hidden, y)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(v, (adapter.down, adapter.up)) for v in (got, want)))
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden, y), want)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import parallel, ranks
+from labelsmooth_kernels import conventions, parallel, ranks
 
 pytestmark = needs_gloo
 
@@ -88,8 +88,9 @@ def _disagree(rank: int) -> None:
 
 
 def _bad(rank: int) -> None:
-    x, y, *_ = draw(8, torch.float32)
-    mine, bad = x[:, 4 * rank : 4 * rank + 4], rank == 1
+    x, y, hidden, head = draw(8, torch.float32)
+    part = slice(4 * rank, 4 * rank + 4)
+    mine, bad = x[:, part], rank == 1
     refused(
         lsk.ArgumentError, "rank 1: num_classes must be the number of classes", mine, y, num_classes=8.0 if bad else 8
     )
@@ -107,6 +108,21 @@ def _bad(rank: int) -> None:
         y,
         **({"smothing": 1} if bad else {}),
     )
+    for value, match in (
+        (1.0, "smoothing must be a prior that sums to 1, got one that sums to 8:"),
+        (-0.125 if rank else 0.125, "rank 1: smoothing must be a prior whose entries are all >= 0, got -0.125"),
+    ):
+        prior = torch.full((4,), value)
+        refused(lsk.ArgumentError, match, mine, y, label_smoothing=EPS, smoothing=prior)
+        with pytest.raises(lsk.ArgumentError, match=match):
+            parallel.linear_cross_entropy(hidden, head[part], y, label_smoothing=EPS, smoothing=prior)
+    given = conventions.hugging_face(0.1)
+    torch.testing.assert_close(
+        parallel.linear_cross_entropy(hidden, head[part], y, **given),
+        lsk.linear_cross_entropy(hidden, head, y, **given),
+    )
+    with pytest.raises(lsk.ArgumentError, match=r"rank 0: class_dim must be one of \[-1, 1\]"):
+        parallel.linear_cross_entropy(hidden, head[part], y, class_dim=0)
     with pytest.raises(lsk.ArgumentError, match="group must be a process group"):
         parallel.cross_entropy(mine, y, group="tensor parallel")
     torch.testing.assert_close(parallel.cross_entropy(mine, y), lsk.cross_entropy(x, y))  # nothing is left behind

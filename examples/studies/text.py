@@ -108,7 +108,7 @@ def imitating(teacher: Model) -> Loss:
 
     def loss(words: Tensor, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            soft = lsk.Teacher(teacher(words), teacher.embedding.weight)
+            soft = lsk.Teacher(teacher(words), teacher.embedding.weight.detach())
         return lsk.linear_cross_entropy(hidden, weight, soft)
 
     return loss

@@ -1,0 +1,70 @@
+"""What a call is written with, before any of it is looked at: names of arguments, and types that stand for numbers."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def check_names(function: str, given: Iterable[str], options: Iterable[str]) -> None:
+    """Raise a TypeError for the first given name that is none of the ``options`` of a public function."""
+    for name in given:
+        if name not in options:
+            part = [option for option in options if name in option or option in name]  # bias and linear_bias
+            near = difflib.get_close_matches(name, part, 1, 0) or difflib.get_close_matches(name, options, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(sorted(options))}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
+
+
+def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> frozenset[str]:
+    """The names by which a function can be given its arguments, and ``more`` that its ``**options`` take."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
+
+
+def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option."""
+
+    def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        options = options_of(function, more) - {"self"}
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if not options.issuperset(kwargs):
+                check_names(name, kwargs, options)
+            return function(*args, **kwargs)
+
+        return run
+
+    return mark
+
+
+def plain_int(value: Any) -> Any:
+    """The int that a value with ``__index__`` stands for (NumPy's, a tensor of one int), as PyTorch takes them; any
+    other value, bools among them, as it is."""
+    if isinstance(value, int) or not hasattr(value, "__index__") or getattr(value, "dtype", None) == torch.bool:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # NumPy's bool, a tensor that is no int
+        return value
+
+
+def plain_float(value: Any) -> Any:
+    """The float that a real number of another type (NumPy's float32) stands for; any other value as it is."""
+    if isinstance(value, int | float | Tensor) or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
