@@ -32,8 +32,8 @@ from .spec import (
     LossSpec,
     Rows,
     accumulate_dtype,
+    constant,
     readable,
-    refuse_gradient,
     require,
     transformed,
 )
@@ -217,10 +217,10 @@ class _Source(NamedTuple):
         require(values.dtype in FLOAT_DTYPES, "teacher", values, "floating point")
         require(values.shape == input.shape, "teacher", values, f"of the shape {tuple(input.shape)} of input")
         check_same_device("teacher", values, input)
-        refuse_gradient("teacher", values)
+        values = constant("teacher", values)
         if form == "probabilities":
             _check_probabilities("teacher", values)
-        values = values.detach().movedim(class_dim, -1)
+        values = values.movedim(class_dim, -1)
         return cls(values.reshape(-1, values.shape[-1]), form, Soft())
 
     def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:

@@ -41,8 +41,8 @@ from .spec import (
     ArgumentError,
     LossSpec,
     Rows,
+    constant,
     readable,
-    refuse_gradient,
     require,
     transformed,
 )
@@ -341,14 +341,14 @@ def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, S
             good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
             require(good, f"{name}.{part}", value, "a floating-point Tensor")
             check_same_device(f"{name}.{part}", value, logits)  # type: ignore[arg-type]
-            refuse_gradient(f"{name}.{part}", value)
     require(hidden.dim() > 0 and hidden.shape[:-1] == shape, f"{name}.hidden", hidden, f"of shape {(*shape, 'D')}")
     head = (num_classes, hidden.shape[-1])
     require(weight.shape == head, f"{name}.linear_weight", weight, f"of shape {head}")
     require(bias is None or bias.shape == (num_classes,), f"{name}.linear_bias", bias, f"of shape ({num_classes},)")
     good = isinstance(scale, int | float) and -math.inf < scale < math.inf
     require(good, f"{name}.logit_scale", scale, "a finite number")
-    return _flat(hidden).detach(), Soft(None, weight.detach(), None if bias is None else bias.detach(), scale)
+    hidden, weight = constant(f"{name}.hidden", hidden), constant(f"{name}.linear_weight", weight)
+    return _flat(hidden), Soft(None, weight, None if bias is None else constant(f"{name}.linear_bias", bias), scale)
 
 
 # ---- from a call to its result

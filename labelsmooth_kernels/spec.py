@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum, legacy_get_string
+from torch.utils.dlpack import from_dlpack
 
 from .arguments import checks_names, plain_float, plain_int
 
@@ -132,16 +133,19 @@ def _old_reduction(size_average: bool | None, reduce: bool | None) -> str:
     return legacy_get_string(size_average, reduce)
 
 
-def refuse_gradient(name: str, tensor: Tensor | None) -> None:
-    """Raise an :class:`ArgumentError` where a derivative is asked of a tensor that the loss takes for a constant: a
-    gradient of None would go unseen."""
-    if tensor is None:
-        return
+def constant(name: str, tensor: Tensor) -> Tensor:
+    """An argument that the loss takes for a constant, as a tensor that autograd can save, also where it was made under
+    torch.inference_mode; without a copy. An :class:`ArgumentError` where a derivative is asked of it: None would go
+    unseen."""
     asked = tensor.requires_grad and torch.is_grad_enabled()
     if not asked and transformed():
         asked = forward_ad.unpack_dual(tensor).tangent is not None
     if asked:
         raise ArgumentError(f"{name} must not require a gradient: the loss takes it for a constant; detach() it")
+    tensor = tensor.detach()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return from_dlpack(tensor)
 
 
 def _is_number(value: object) -> bool:

@@ -9,7 +9,8 @@ import torch
 from distilled import K, draw, oracle
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels.distillation import distillation_loss
+from labelsmooth_kernels import spec
+from labelsmooth_kernels.distillation import Probabilities, distillation_loss
 
 if TYPE_CHECKING:
     from cases import Place
@@ -108,6 +109,30 @@ def test_without_a_target_no_class_is_ignored(served: Place) -> None:
     torch.testing.assert_close(distillation_loss(x[None], t[None], class_dim=-1, backend=served[0]), want)
 
 
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "head"])
+def test_a_teacher_of_inference_mode(served: Place, kind: str) -> None:
+    """Its tensors cannot be saved for a backward as they are."""
+    x, teacher, y = (v.to(served[1]) for v in draw(ignored=0))
+    head = torch.randn(K, 3, generator=torch.Generator().manual_seed(0)).to(served[1])
+
+    def gradient() -> tuple[torch.Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        with torch.inference_mode(inference):
+            hidden, bias = teacher[:, :3] + 1, head[:, 0] + 1
+            given = {
+                "logits": teacher + 1,
+                "probabilities": Probabilities((teacher + 1).softmax(-1)),
+                "head": lsk.Teacher(hidden, head + 1, bias),
+            }[kind]
+        loss = distillation_loss(leaf, given, y, alpha=0.4, temperature=2.0, backend=served[0])
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    inference = False
+    want = gradient()
+    inference = True
+    torch.testing.assert_close(gradient(), want, rtol=0, atol=0)
+
+
 def test_no_divergence_is_below_zero(served: Place) -> None:
     """Of a student who is nearly the teacher it is less than its roundings, which may have either sign; the gradient
     is what it is."""
@@ -119,3 +144,17 @@ def test_no_divergence_is_below_zero(served: Place) -> None:
     assert (terms.divergence >= 0).all()
     (grad,) = torch.autograd.grad(loss, student)
     assert grad[terms.divergence == 0].any(), "there are such rows"
+
+
+def test_a_teacher_for_a_head_of_inference_mode() -> None:
+    """As a target; and its memory stays where it is."""
+    rng = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(*shape, generator=rng).requires_grad_() for shape in ((5, 4), (K, 4)))
+    results = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            teacher = lsk.Teacher(torch.ones(5, 3) / 2, torch.arange(3.0 * K).view(K, 3) / K)
+        loss = lsk.linear_cross_entropy(h, w, teacher, label_smoothing=0.1)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert spec.constant("teacher", teacher.linear_weight).data_ptr() == teacher.linear_weight.data_ptr()
