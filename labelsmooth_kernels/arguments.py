@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -50,6 +50,32 @@ def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, 
         return run
 
     return mark
+
+
+def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are equal. Sizes that torch.compile does not know until the program runs are taken for equal,
+    and the program checks them then, as those of PyTorch's own operators."""
+    if len(shape) != len(other):
+        return False
+    if not torch.compiler.is_compiling():
+        return tuple(shape) == tuple(other)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # which a compiler has loaded
+
+    pairs = list(zip(shape, other, strict=True))
+    if not all(guard_or_true(size == its) for size, its in pairs):
+        return False
+    for size, its in pairs:
+        torch._check(size == its)
+    return True
+
+
+def one_element(tensor: Tensor) -> bool:
+    """Whether a tensor has one element; not where torch.compile does not know its size until the program runs."""
+    if not torch.compiler.is_compiling():
+        return tensor.numel() == 1
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(tensor.numel() == 1))
 
 
 def plain_int(value: Any) -> Any:

@@ -259,7 +259,8 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def _closed_form(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """The same as a function of (upstream, logits, probabilities) in plain PyTorch, and where it is evaluated."""
+        """The same as a function of (upstream, logits) in plain PyTorch, and of probabilities where it depends on them,
+        which the gradient in them does not; and where it is evaluated."""
         logits, target, weight, prior, eps, _, upstream = ctx.saved_tensors
         closed = reference.logit_gradient if ctx.of == LOGITS else reference.target_gradient
 
@@ -267,7 +268,8 @@ class Gradient(torch.autograd.Function):
             rows = Rows(ctx.spec, logits, target, weight, prior, ctx.number if eps is None else eps, None)
             return closed(rows, upstream)
 
-        return gradient, (upstream, logits, target) if target.is_floating_point() else (upstream, logits)
+        varies = ctx.of == LOGITS and target.is_floating_point()
+        return gradient, (upstream, logits, target) if varies else (upstream, logits)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -288,7 +290,7 @@ class Gradient(torch.autograd.Function):
         given = tuple(torch.zeros_like(a) if t is None else t for a, t in zip(at, along, strict=True))
         # J·t as the transpose of u -> Jᵀ·u: levels of forward mode do not nest outside torch.func, those of vjp do.
         pull = torch.func.vjp(gradient, *at)[1]
-        push = torch.func.vjp(pull, torch.zeros_like(at[1] if ctx.of == LOGITS else at[2]))[1]
+        push = torch.func.vjp(pull, torch.zeros_like(ctx.saved_tensors[ctx.of]))[1]
         (tangent,) = push(given)
         return tangent  # type: ignore[no-any-return]
 

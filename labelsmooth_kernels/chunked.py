@@ -123,7 +123,7 @@ def dense_target(
     the teacher's logits of ``dtype`` in ``buffer``."""
     acc = accumulate_dtype(dtype)
     if soft.indices is not None:
-        zeros = target.new_zeros(len(target), classes, dtype=acc) if out is None else out.zero_()
+        zeros = target.new_zeros(target.shape[0], classes, dtype=acc) if out is None else out.zero_()
         return zeros.scatter_add_(1, soft.indices, target.to(acc))
     return torch.softmax(teacher_logits(target, soft, dtype, buffer), -1, acc, out=out)
 
@@ -371,4 +371,4 @@ def _fake_backward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *argumen
 for _name, _run, _fake in (("forward", forward, _fake_forward), ("backward", backward, _fake_backward)):
     torch.library.register_fake(f"{NAMESPACE}::chunked_{_name}", _fake, lib=LIBRARY)
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(f"chunked_{_name}", _run, _key)
+        LIBRARY.impl(f"chunked_{_name}", torch.no_grad()(_run), _key)  # an exported program calls them with a graph

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .arguments import checks_names
+from .arguments import checks_names, same_shape
 from .autograd import graph_is_kept, row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import check_same_device, check_targets, denominator, prepare, reduce
@@ -89,7 +89,7 @@ def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
 
 def _check_probabilities(name: str, values: Tensor) -> None:
     """Looks at them only where that needs no synchronisation."""
-    if values.numel() and readable(values):
+    if readable(values) and values.numel():
         least = values.detach().amin().item()
         require(not least < 0, name, least, ">= 0 everywhere")
 
@@ -215,7 +215,8 @@ class _Source(NamedTuple):
             kind = type(values).__name__
             raise TypeError(f"teacher must be a Tensor of logits, Probabilities or a Teacher, got {kind}")
         require(values.dtype in FLOAT_DTYPES, "teacher", values, "floating point")
-        require(values.shape == input.shape, "teacher", values, f"of the shape {tuple(input.shape)} of input")
+        good = same_shape(values.shape, input.shape)
+        require(good, "teacher", values, f"of the shape {tuple(input.shape)} of input")
         check_same_device("teacher", values, input)
         values = constant("teacher", values)
         if form == "probabilities":
@@ -223,27 +224,31 @@ class _Source(NamedTuple):
         values = values.movedim(class_dim, -1)
         return cls(values.reshape(-1, values.shape[-1]), form, Soft())
 
+    def _lies_ready(self, dtype: torch.dtype) -> bool:
+        return self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1
+
+    def logits(self, dtype: torch.dtype, part: slice = slice(None)) -> Tensor:
+        """Return logits with adjacent classes beside a student's of ``dtype``: as they lie where they have that dtype,
+        else in the dtype of the arithmetic, the GEMM of a head in ``dtype``."""
+        rows, acc = self.rows[part], accumulate_dtype(dtype)
+        if self._lies_ready(dtype):
+            return rows
+        if self.form == "head":
+            return teacher_logits(rows, self.soft, dtype).to(acc)
+        return rows.to(acc).log() if self.form == "probabilities" else rows.to(acc).contiguous()
+
     def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Logits with adjacent classes beside a student's of ``dtype``: as they lie and all at once where they have
-        that dtype; else some rows at a time in the dtype of the arithmetic, the GEMM of a head in ``dtype``."""
-        n, acc = len(self.rows), accumulate_dtype(dtype)
-        if self.form == "logits" and self.rows.dtype == dtype and self.rows.stride(-1) == 1:
-            yield slice(0, n), self.rows
-            return
-        step = rows_per_chunk(n, num_classes * acc.itemsize, self.rows.device.type)
+        """Yield the same some rows at a time, or all at once where they are as they lie."""
+        n, row_bytes = len(self.rows), num_classes * accumulate_dtype(dtype).itemsize
+        step = max(n, 1) if self._lies_ready(dtype) else rows_per_chunk(n, row_bytes, self.rows.device.type)
         for begin in range(0, max(n, 1), step):
             part = slice(begin, min(begin + step, n))
-            if self.form == "head":
-                yield part, teacher_logits(self.rows[part], self.soft, dtype).to(acc)
-            else:
-                values = self.rows[part].to(acc)
-                yield part, (values.log() if self.form == "probabilities" else values.contiguous())
+            yield part, self.logits(dtype, part)
 
 
 def _by_reference(rows: Rows, source: _Source, mix: Mix) -> tuple[Tensor, Tensor]:
     """(loss (N,), terms (2, N)), differentiable any number of times."""
-    teacher = torch.cat([part for _, part in source.chunks(rows.logits.dtype, rows.logits.shape[-1])])
-    terms = reference.distillation_terms(rows, teacher, mix.temperature)
+    terms = reference.distillation_terms(rows, source.logits(rows.logits.dtype), mix.temperature)
     if mix.alpha == 0:  # a teacher that counts for nothing may be infinite: no 0·∞ in the gradient either
         terms = torch.stack((terms[0].detach(), reference.row_losses(rows)))
     return mix.loss(terms), terms
@@ -253,23 +258,50 @@ def _run(
     rows: Rows, source: _Source, mix: Mix, backend: str, scale: Tensor | None = None, with_grad: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(terms (2, N), the gradient of Σ scale·loss) by a kernel."""
+    call, x, soft = row_arguments(rows, scale), rows.logits.detach(), source.soft
+    head = (soft.teacher_weight, soft.teacher_bias, soft.teacher_scale)
+    distill = getattr(torch.ops, ops.NAMESPACE).distill
+    terms, grad = distill(x, source.rows, source.form, *head, *call, *mix, with_grad, backend)
+    return terms, grad if with_grad else None
+
+
+def _chunked(
+    x: Tensor,
+    values: Tensor,
+    form: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    teacher_scale: float,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run a backend's kernel on some rows after the others; an operator of its own, whose loop no compiler unrolls."""
+    *row, alpha, temperature, with_grad, backend = arguments
+    call, source = ops.RowCall(*row), _Source(values, form, Soft(None, weight, bias, teacher_scale))
     operator = getattr(getattr(torch.ops, ops.NAMESPACE), f"{backend}_distill").default
-    call, x = row_arguments(rows, scale), rows.logits.detach()
     found: list[Tensor] = []
-    grad: Tensor | None = None
+    grad = x.new_empty(x.shape if with_grad else 0)
     for part, teacher in source.chunks(x.dtype, x.shape[-1]):
         some = call.of_rows(part)
         terms, made = operator(
             x[part].to(teacher.dtype), teacher, some.target, some.prior, some.eps, some.eps_rows, some.row_scale,
-            some.ignore_index, some.others, *mix, with_grad,
+            some.ignore_index, some.others, alpha, temperature, with_grad,
         )  # fmt: skip
         found.append(terms)
         if with_grad and len(teacher) == len(x):
             grad = made.to(x.dtype)
         elif with_grad:
-            grad = x.new_empty(x.shape) if grad is None else grad
             grad[part] = made  # rounded here where the chunk is wider
     return (found[0] if len(found) == 1 else torch.cat(found, 1)), grad
+
+
+def _fake_chunked(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    terms = x.new_empty((2, x.shape[0]), dtype=accumulate_dtype(x.dtype))
+    return terms, x.new_empty(x.shape if arguments[-2] else 0)
+
+
+torch.library.register_fake(f"{ops.NAMESPACE}::distill", _fake_chunked, lib=ops.LIBRARY)
+for _key in ("CPU", "CUDA"):
+    ops.LIBRARY.impl("distill", torch.no_grad()(_chunked), _key)
 
 
 def _by_kernel(rows: Rows, source: _Source, mix: Mix, backend: str) -> tuple[Tensor, Tensor]:
@@ -319,7 +351,7 @@ class _Distill(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, *_, grad, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
-            scaled = (upstream if scale is None else upstream * scale).expand(len(x))
+            scaled = (upstream if scale is None else upstream * scale).expand(x.shape[0])
             grad = _gradient(ctx, scaled)
         elif graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
             grad = grad * upstream

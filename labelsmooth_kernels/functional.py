@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .arguments import checks_names
+from .arguments import checks_names, one_element, same_shape
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
 from .spec import (
@@ -194,9 +194,9 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     probabilities = target.is_floating_point()
     if probabilities and spec.ignore_index >= 0:
         raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
-    flat = class_dim == input.dim() - 1 and input.is_contiguous() and (not probabilities or target.is_contiguous())
+    flat = class_dim == input.dim() - 1 and _contiguous(input) and (not probabilities or _contiguous(target))
     logits = _classes_last(input, class_dim, flat)
-    if spec.inplace and _overlaps(logits):
+    if spec.inplace and not torch.compiler.is_compiling() and _overlaps(logits):  # compiled, it is not in place
         logits = logits.contiguous()
     row_target = (
         _classes_last(target, class_dim, flat) if probabilities else target.reshape(-1).to(torch.int64).contiguous()
@@ -237,6 +237,11 @@ def _classes_last(tensor: Tensor, class_dim: int, flat: bool) -> Tensor:
     return behind.flatten(0, class_dim - 1).transpose(1, 2)
 
 
+def _contiguous(tensor: Tensor) -> bool:
+    """Whether it is contiguous; of a stand-in, expanded to an unknown number of rows, PyTorch could not say."""
+    return tensor.stride(-1) == 1 and tensor.is_contiguous()
+
+
 def _overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share memory, such as those of an expanded row."""
     reach = 0
@@ -270,7 +275,7 @@ def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def _check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
     """Class indices of ``shape``, or class probabilities of the shape of input."""
-    if target.shape == input.shape:
+    if same_shape(target.shape, input.shape):
         if target.dtype not in FLOAT_DTYPES:
             raise ArgumentError(
                 "target of the shape of input holds class probabilities and must be floating point, of the dtypes "
@@ -279,7 +284,7 @@ def _check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
         return
     if target.dtype not in INDEX_DTYPES:
         raise ArgumentError(f"target of class indices must have one of the dtypes {INDEX_DTYPES}, got {target.dtype}")
-    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
+    if not same_shape(target.shape, shape) and not (input.dim() == 1 and target.shape == (1,)):
         hint = "" if input.dim() < 3 else "; with the classes last, as in (B, T, K), pass class_dim=-1"
         raise ArgumentError(
             f"target must have shape {tuple(shape)} for input {tuple(input.shape)}, got {tuple(target.shape)}{hint}"
@@ -310,11 +315,12 @@ def _prior(smoothing: Tensor, logits: Tensor, shard: bool) -> Tensor | None:
 
 def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
     """A tensor option of one value or one per row, flat, in the dtype of the arithmetic; (N, 1) stands for (N,)."""
-    if values.numel() != 1 and values.shape not in (shape, (*shape, 1)):
+    alone = one_element(values)
+    if not (alone or same_shape(values.shape, shape) or same_shape(values.shape, (*shape, 1))):
         raise ArgumentError(
             f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}"
         )
-    if values.numel() == 1:
+    if alone:
         values = values.to(logits.device)
     check_same_device(name, values, logits)
     require(not values.dtype.is_complex, name, values, "real")

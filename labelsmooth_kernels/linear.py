@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .arguments import checks_names, plain_int
+from .arguments import checks_names, plain_int, same_shape
 from .chunked import Soft, dense_target
 from .functional import (
     apply_spec,
@@ -277,7 +277,8 @@ def _prepare_linear(
     stand_in = input.detach().new_empty(1, dtype=dtype).expand(logits_shape)
     positions = math.prod(linear_weight.shape[1:-1])
     if isinstance(target, Tensor):
-        if target.shape not in (shape, logits_shape) and not (input.dim() == 1 and target.shape == (1,)):
+        known = same_shape(target.shape, shape) or same_shape(target.shape, logits_shape)
+        if not known and not (input.dim() == 1 and target.shape == (1,)):
             raise ArgumentError(
                 f"target must have shape {tuple(shape)}, or {tuple(logits_shape)} for class probabilities, beside "
                 f"input {tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}, got {tuple(target.shape)}"
@@ -312,10 +313,9 @@ def top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
     shape = tuple(logits.shape[:-1])
     for name, value, dtypes in (("indices", indices, INDEX_DTYPES), ("probabilities", probabilities, FLOAT_DTYPES)):
         require(isinstance(value, Tensor), f"target.{name}", value, "a Tensor")
-        good = value.dtype in dtypes and value.dim() == logits.dim() and value.shape == indices.shape
-        require(
-            good and value.shape[:-1] == shape, f"target.{name}", value, f"of shape {(*shape, 'k')}, one of {dtypes}"
-        )
+        good = value.dtype in dtypes and value.dim() == logits.dim() and value.shape[-1] == indices.shape[-1]
+        good = good and same_shape(value.shape[:-1], logits.shape[:-1])
+        require(good, f"target.{name}", value, f"of shape {(*shape, 'k')}, one of {dtypes}")
         check_same_device(f"target.{name}", value, logits)
     if probabilities.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("target.probabilities must not require a gradient: use detach(), or dense probabilities")
@@ -324,7 +324,7 @@ def top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
 
 def check_top_k(indices: Tensor, num_classes: int) -> None:
     """Raise IndexError for what is no class, on a CPU."""
-    if indices.numel() and readable(indices):
+    if readable(indices) and indices.numel():
         least, largest = indices.min().item(), indices.max().item()
         if least < 0 or largest >= num_classes:
             raise IndexError(f"target.indices must be in [0, {num_classes}), got {least if least < 0 else largest}")
@@ -341,7 +341,8 @@ def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, S
             good = isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES
             require(good, f"{name}.{part}", value, "a floating-point Tensor")
             check_same_device(f"{name}.{part}", value, logits)  # type: ignore[arg-type]
-    require(hidden.dim() > 0 and hidden.shape[:-1] == shape, f"{name}.hidden", hidden, f"of shape {(*shape, 'D')}")
+    good = hidden.dim() > 0 and same_shape(hidden.shape[:-1], logits.shape[:-1])
+    require(good, f"{name}.hidden", hidden, f"of shape {(*shape, 'D')}")
     head = (num_classes, hidden.shape[-1])
     require(weight.shape == head, f"{name}.linear_weight", weight, f"of shape {head}")
     require(bias is None or bias.shape == (num_classes,), f"{name}.linear_bias", bias, f"of shape ({num_classes},)")

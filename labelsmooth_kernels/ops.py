@@ -218,6 +218,12 @@ def _fake_distill(student: Tensor, *call: object) -> tuple[Tensor, Tensor]:
     return terms, student.new_empty(student.shape if call[-1] else 0)
 
 
+# The same for a teacher of any form, a chunk of rows at a time: see ``distillation``.
+LIBRARY.define(
+    "distill(Tensor student, Tensor teacher, str form, Tensor? teacher_weight, Tensor? teacher_bias, "
+    f"float teacher_scale, {ROW_SCHEMA}, float alpha, float temperature, bool with_grad, str backend) -> "
+    "(Tensor terms, Tensor grad)"
+)
 for _backend in ("cpu", "triton"):
     LIBRARY.define(f"{_backend}_distill{DISTILL_SCHEMA}")
     torch.library.register_fake(f"{NAMESPACE}::{_backend}_distill", _fake_distill, lib=LIBRARY)

@@ -142,19 +142,33 @@ def merge(
 
 def transform(logits: Tensor, spec: LossSpec) -> Tensor:
     """z = cap(s·x) in the dtype of the arithmetic; -inf stays -inf: a masked class is not capped."""
-    z = logits.to(accumulate_dtype(logits.dtype))
-    if spec.logit_scale != 1.0:
-        z = z * spec.logit_scale
-    if spec.softcap is not None:
-        z = torch.where(z == -math.inf, z, spec.softcap * torch.tanh(z / spec.softcap))
-    return z
+    z = _scaled(logits, spec)
+    if spec.softcap is None:
+        return z
+    v = z / spec.softcap
+    e = torch.exp(-2 * _magnitude(v))
+    far = (1 - e) / (1 + e)  # torch.tanh's derivative, 1 - tanh², loses its digits where it is small
+    tanh = torch.where(v.abs() < 1, torch.tanh(v), torch.where(v < 0, -far, far))
+    return torch.where(z == -math.inf, z, spec.softcap * tanh)
 
 
-def slope(z: Tensor, spec: LossSpec) -> Tensor | float:
-    """dz/dx = s·cap'(s·x) in terms of z = cap(s·x): tanh' = 1 - tanh²."""
+def slope(logits: Tensor, spec: LossSpec) -> Tensor | float:
+    """dz/dx = s·cap'(s·x): with e = exp(-2|v|) the slope of tanh v is 4e/(1 + e)²."""
     if spec.softcap is None:
         return spec.logit_scale
-    return spec.logit_scale * (1 - (torch.where(z == -math.inf, 0.0, z) / spec.softcap).square())
+    z = _scaled(logits, spec)
+    e = torch.exp(-2 * _magnitude(torch.where(z == -math.inf, 0.0, z / spec.softcap)))
+    return spec.logit_scale * 4 * e / (1 + e).square()
+
+
+def _scaled(logits: Tensor, spec: LossSpec) -> Tensor:
+    z = logits.to(accumulate_dtype(logits.dtype))
+    return z if spec.logit_scale == 1.0 else z * spec.logit_scale
+
+
+def _magnitude(v: Tensor) -> Tensor:
+    """|v| with the derivative 1 at 0, where that of torch.abs is 0."""
+    return torch.where(v < 0, -v, v)
 
 
 def smoothing_distribution(z: Tensor, rows: Rows) -> tuple[Tensor, Tensor | int]:
@@ -217,11 +231,11 @@ def row_losses(rows: Rows) -> Tensor:
 def logit_gradient(rows: Rows, upstream: Tensor) -> Tensor:
     """The gradient of Σ upstream·loss in the logits, in their shape, dx of this module: differentiable in turn."""
     shape, rows = rows.logits.shape, rows.flat()
-    z = transform(_valid_logits(rows), rows.spec)
+    logits, spec = _valid_logits(rows), rows.spec
+    z = transform(logits, spec)
     q = target_weights(rows, z, unsmoothed_targets(rows, z))
     _, zmax, logsum = row_loss(z, q)
-    spec = rows.spec
-    grad = upstream[:, None] * slope(z, spec) * dz(z, q, zmax, logsum, spec.z_loss, spec.confidence_penalty)
+    grad = upstream[:, None] * slope(logits, spec) * dz(z, q, zmax, logsum, spec.z_loss, spec.confidence_penalty)
     if rows.index_target:
         grad = torch.where(rows.valid[:, None], grad, 0.0)
     return grad.to(rows.logits.dtype).reshape(shape)
@@ -264,8 +278,7 @@ def distillation_terms(rows: Rows, teacher: Tensor, temperature: float) -> Tenso
     z = transform(_valid_logits(rows), rows.spec)
     q = target_weights(rows, z, unsmoothed_targets(rows, z))
     t = torch.where(rows.valid[:, None], teacher.to(z.dtype), 0.0) / temperature
-    log_t = t - t.logsumexp(-1, keepdim=True)
-    log_p = z / temperature - (z / temperature).logsumexp(-1, keepdim=True)
+    log_t, log_p = torch.log_softmax(t, -1), torch.log_softmax(z / temperature, -1)
     p_t = log_t.exp()
     divergence = (p_t * torch.where(p_t == 0, 0.0, log_t - log_p)).sum(-1)
     divergence = divergence - divergence.detach().clamp_max(0)  # what roundings leave below 0, not its gradient

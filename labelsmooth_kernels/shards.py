@@ -367,7 +367,7 @@ def plain_gradient(logits: Tensor, call: RowCall, saved: Tensor, spec: LossSpec)
     mass = mass + 2 * call.z_loss * (zmax + logsum)
     if call.confidence_penalty:
         mass = mass + call.confidence_penalty * torch.where(log_p == -math.inf, 0.0, log_p)
-    grad = call.row_scale[:, None] * reference.slope(z, spec) * (mass * log_p.exp() - q)
+    grad = call.row_scale[:, None] * reference.slope(rows.logits, spec) * (mass * log_p.exp() - q)
     return torch.where(rows.valid[:, None], grad, 0.0).to(logits.dtype).reshape(logits.shape)
 
 

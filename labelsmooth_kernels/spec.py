@@ -280,6 +280,8 @@ class LossSpec:
                 isinstance(t, Tensor) and t.requires_grad for t in (self.weight, self.label_smoothing, self.smoothing)
             ),
             "forward mode inside forward mode": nested_forward_mode(),
+            # The program keeps plain operators, which PyTorch can differentiate again, and drops autograd.Functions.
+            "a gradient in a program of torch.export": torch.compiler.is_exporting() and torch.is_grad_enabled(),
             "torch.func inside torch.compile": torch.compiler.is_compiling() and _func_level() is not None,
         }
         return frozenset(word for word, is_asked in asked.items() if is_asked)
@@ -294,7 +296,7 @@ def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
         require(eps.dtype in FLOAT_DTYPES, "label_smoothing", eps, "a number or a floating-point tensor")
-        if eps.numel() and readable(eps):
+        if readable(eps) and eps.numel():  # an unknown number of rows must not be asked for
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf
             require(good, "label_smoothing", (smallest, largest), "finite and at most 1 from its least to its largest")

@@ -224,6 +224,7 @@ CASES = (
     Case("masked classes, confidence penalty", "R16", edit(normal(4, 2003, confidence_penalty=0.3), mask_classes)),
     Case("softcap 1", "R32", normal(4, 60, shift=-100.0, softcap=1.0, **EPS)),
     Case("softcap 5 and scale", "R32", normal(4, 60, softcap=5.0, logit_scale=0.5, **EPS)),
+    Case("softcap 2, saturated", "R32", normal(4, 60, spread=8.0, softcap=2.0, **EPS), SINGLE),
     Case("masked classes, softcap", "R16 R32", edit(normal(4, 60, softcap=30.0), mask_classes)),
     Case("everything at once", "", normal(8, 40, ignored=4, weight=positive(40), **EVERYTHING)),
     Case("probabilities", "R38", soft(5, 30, 1.0, **EPS)),

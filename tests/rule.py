@@ -58,7 +58,20 @@ class Problem(NamedTuple):
 
 def transformed(x: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **_: Any) -> Tensor:
     z = x * logit_scale
-    return z if softcap is None else torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
+    if softcap is None:
+        return z
+    v = z / softcap
+    e = torch.exp(torch.where(v < 0, 2 * v, -2 * v))
+    far = (1 - e) / (1 + e)  # autograd differentiates torch.tanh as 1 - tanh², of which saturation leaves no digit
+    tanh = torch.where(v.abs() < 1, torch.tanh(v), torch.where(v < 0, -far, far))
+    return torch.where(z == -torch.inf, z, softcap * tanh)
+
+
+def cap_slope(x: Tensor, logit_scale: float = 1.0, softcap: float | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    """(cap', its error in ulps) in float64: v is rounded, which costs exp(-2|v|) 2|v| of them."""
+    z = x.double() * logit_scale
+    v = torch.zeros_like(z) if softcap is None else torch.where(z == -torch.inf, 0.0, z / softcap).abs()
+    return 1 / torch.cosh(v).square(), 1 + 2 * v
 
 
 def dense_q(problem: Problem, z: Tensor, sizes: bool = False) -> Tensor:
@@ -160,10 +173,12 @@ def expect(problem: Problem, factors: Tensor) -> Expected:
     entropy = (p * (1 + down) * (1 + down + logsum)).sum(-1, keepdim=True)  # the sizes of its terms, with p's errors
     loss_ulps = loss_ulps + of_sum * beta * entropy[:, 0]
     mass = mass + beta * (entropy + down + logsum)
-    slope = abs(options.get("logit_scale", 1.0)) * factors.abs()[:, None]
+    cap, cap_ulps = cap_slope(torch.where(problem.keep[:, None], problem.logits.detach(), 0.0), **options)
+    steepest = abs(options.get("logit_scale", 1.0)) * factors.abs()[:, None]
+    slope = cap * cap_ulps * steepest
     grad_ulps = slope * (of_sum * (mass + 2 * zeta * lse) * p * (1 + down + logsum) + few * q.abs())
-    tiny = 2 * torch.finfo(acc).smallest_normal  # below about that exp may be 0
-    grad_ulps = grad_ulps + tiny * (1 + slope * (mass + 2 * zeta * lse))
+    tiny = 2 * torch.finfo(acc).smallest_normal  # below about that exp may be 0, and cap' four times that
+    grad_ulps = grad_ulps + 4 * tiny * (1 + steepest * (mass + 2 * zeta * lse))
     return Expected(z, loss, grad, torch_loss, torch_grad, loss_ulps.nan_to_num(0, 0), grad_ulps.nan_to_num(0, 0))
 
 

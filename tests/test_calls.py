@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import draw, loss_and_grad, placed
 from conftest import places, skip_unless_available
 from covering import Mode
@@ -279,6 +280,21 @@ def test_a_mean_over_the_rows(place: Place, probabilities: bool) -> None:
         torch.testing.assert_close(call(normalizer="rows", **weighted), want)
         column = weighted | {"row_weight": weighted["row_weight"][:, None]}
         torch.testing.assert_close(call(normalizer="rows", **column), want)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_the_slope_of_a_saturated_softcap(place: Place, softcap: float) -> None:
+    """In float32 1 - tanh² loses its digits from v = 5 on and is 0 from 10 on; 4e/(1 + e)² of e = exp(-2|v|) does not."""
+    v = torch.tensor([[0.0, 0.3, -1.0, 3.0, -5.0, 7.0, 9.0, -10.0, 12.0]], device=place[1])
+    x, y = softcap * v, torch.tensor([4], device=place[1])
+    z, slope = softcap * v.double().tanh(), 1 / v.double().cosh().square()
+    want = slope * (z.softmax(-1) - F.one_hot(y, v.shape[1]))
+    options = {"softcap": softcap, "backend": place[0]}
+    (grad,) = torch.autograd.grad(lsk.cross_entropy(x.requires_grad_(), y, **options), x)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-12 if softcap == 30 else 0)
+    head = torch.eye(v.shape[1], device=place[1])
+    (grad,) = torch.autograd.grad(lsk.linear_cross_entropy(x, head, y, **options), x)
+    torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-12 if softcap == 30 else 0)
 
 
 def test_the_doctor_finds_a_backend_that_disagrees(

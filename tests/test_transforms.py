@@ -13,7 +13,7 @@ from cases import Place, draw
 from conftest import skip_unless_available
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from tracing import Trap, compiled, compiler
 
 import labelsmooth_kernels as lsk
@@ -109,6 +109,16 @@ def test_vmap_of_one_row_with_what_all_share(place: Place, probabilities: bool, 
     eps = torch.tensor([0.3], device=place[1])
     smoothed = f(lambda x: lsk.cross_entropy(x, target, label_smoothing=eps, backend=place[0]))
     torch.testing.assert_close(vmap(smoothed)(rows), torch.stack([smoothed(row) for row in rows]))
+
+
+@pytest.mark.parametrize("of", [0, 1])
+def test_vmap_of_a_second_vjp_through_probabilities(place: Place, of: int) -> None:
+    """The loss is linear in the target, whose second derivative is zero and thus no batch."""
+    xs, qs = batches(place, True)
+    along = xs.flip(1)
+    pulled = lambda loss: lambda x, q: vjp(grad(loss, of), x, q)[1](along[0])  # noqa: E731
+    same(place, lambda loss: vmap(pulled(loss))(xs, qs))
+    same(place, lambda loss: vmap(lambda q: pulled(loss)(xs[0], q))(qs))
 
 
 def test_vmap_of_statistics_and_epsilon_per_row(place: Place) -> None:

@@ -117,7 +117,8 @@ class Twin:
         scale = column(call.row_scale, 1.0, row.z)
         scale = (scale[:1] if self.bug == "R3" else scale) * call.logit_scale
         if call.softcap is not None:
-            scale = scale * torch.where(row.z == -INF, 1.0, 1 - (row.z / call.softcap).square())
+            v = logits.reshape(row.z.shape).to(row.z.dtype) * call.logit_scale / call.softcap
+            scale = scale * torch.where(row.z == -INF, 1.0, torch.cosh(v).square().reciprocal())
         more = 2 * call.z_loss * (zmax + logsum)
         mass = torch.ones_like(mass) if self.bug == "R38" else mass
         q = q * (1 + more) if self.bug == "R28" else q

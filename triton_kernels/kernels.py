@@ -31,7 +31,6 @@ from .row_math import (
     numbered,
     piece,
     row_loss,
-    slope,
     transform,
     variance,
     weights,
@@ -78,7 +77,7 @@ def _target_class(line, given, S: tl.constexpr):
     if not S.SOFT:
         source = line.whole
         x_y = tl.load(at(source.x, source.y, given.x_step), mask=line.valid, other=0.0).to(tl.float32)
-        z_y = transform(x_y, given.numbers.logit_scale, given.numbers.softcap)
+        z_y, _ = transform(x_y, given.numbers.logit_scale, given.numbers.softcap)
         if S.WEIGHT:
             w_y = tl.load(given.targets.weight + source.y, mask=line.valid, other=0.0)
     return z_y, w_y
@@ -169,7 +168,7 @@ def _store_grad(ptr, b, mask, done, given, S: tl.constexpr):
     else:
         b_grad = done.factor * dz(b, done, given.numbers.penalty, S)
         if given.numbers.softcap is not None:
-            b_grad = b_grad * slope(b.z, given.numbers.softcap)
+            b_grad = b_grad * b.slope
     tl.store(ptr, tl.where(done.live, b_grad, 0.0).to(ptr.dtype.element_ty), mask=mask)
 
 

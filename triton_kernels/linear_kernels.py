@@ -119,7 +119,7 @@ def tile_kernel(
         b_r = 1.0
         if S.WEIGHT:
             b_r = tl.load(r_ptr + o_k, mask=o < n, other=0.0)[:, None]
-        r = piece(Block(b_z, b_hit, b_r, 1.0), o[:, None], (o < n)[:, None], n, 1, S)
+        r = piece(Block(b_z, b_hit, b_r, 1.0, 1.0), o[:, None], (o < n)[:, None], n, 1, S)
         p = merge(p, numbered(r, r.k + i_tile * T.classes))
     fields = (p.m, p.s, p.rest, p.rest_d, z_y, p.k.to(tl.float32, bitcast=True))
     for i in tl.static_range(6):
@@ -205,7 +205,7 @@ def _tile_dz(layer, saved_ptr, row_ptr, label, o_row, o_k, N, K, D, h_step, w_st
     zmax, logsum = _field(saved_ptr, 0, N, o_row, mask), _field(saved_ptr, 1, N, o_row, mask)
     mass, a = _field(row_ptr, 0, N, o_row, mask), _field(row_ptr, 1, N, o_row, mask)
     row = _Done(label > -2, 1.0, zmax, logsum, mass, a, 0.0)
-    b_dz = dz(Block(b_z, o_k[:, None] == label[None, :], 1.0, 1.0), row, None, S)
+    b_dz = dz(Block(b_z, o_k[:, None] == label[None, :], 1.0, 1.0, 1.0), row, None, S)
     return tl.where((o_k < K)[:, None] & row.live[None, :], b_dz, 0.0)
 
 

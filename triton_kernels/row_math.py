@@ -40,12 +40,13 @@ class Structure(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Classes in registers: z; t, or whether it is the target's class; w and u, or 1."""
+    """Classes in registers: z; t, or whether it is the target's class; w and u, or 1; dz/dx without logit_scale."""
 
     z: Any
     t: Any
     w: Any
     u: Any
+    slope: Any
 
 
 class Piece(NamedTuple):
@@ -90,29 +91,28 @@ def term(weight, value):
 
 @triton.jit
 def _tanh(y):
-    """To two ulp: a polynomial (Cephes) near 0, where 1 - 2/(exp(2|y|) + 1) would cancel."""
+    """(tanh, its slope), from e = exp(-2|y|): the value to two ulp, by a polynomial (Cephes) near 0, where 1 - e would
+    cancel; the slope as 4e/(1 + e)², since 1 - tanh² loses its digits where the slope is small."""
     a = tl.abs(y)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    e = tl.exp(-2.0 * a)
+    r = 1.0 / (1.0 + e)
     v = y * y
     near = (((-5.70498872745e-3 * v + 2.06390887954e-2) * v - 5.37397155531e-2) * v + 1.33314422036e-1) * v
     near = a + a * (v * (near - 3.33332819422e-1))
-    return tl.where(y < 0, -1.0, 1.0) * tl.where(a < 0.625, near, far)
+    value = tl.where(a < 0.625, near, (1.0 - e) * r)
+    return tl.where(y < 0, -value, value), 4.0 * e * r * r
 
 
 @triton.jit
 def transform(x, logit_scale, softcap):
-    """z = cap(logit_scale·x); -inf is not capped."""
+    """(z, cap') of z = cap(logit_scale·x); -inf is not capped."""
     z = x if logit_scale is None else x * logit_scale
+    slope = 1.0
     if softcap is not None:
-        z = tl.where(z == float("-inf"), z, softcap * _tanh(z / softcap))
-    return z
-
-
-@triton.jit
-def slope(z, softcap):
-    """cap', from the capped z."""
-    tanh = z / softcap
-    return tl.where(z == float("-inf"), 1.0, 1.0 - tanh * tanh)
+        tanh, slope = _tanh(z / softcap)
+        slope = tl.where(z == float("-inf"), 1.0, slope)
+        z = tl.where(z == float("-inf"), z, softcap * tanh)
+    return z, slope
 
 
 @triton.jit

@@ -208,7 +208,7 @@ def read(source, o, m_o, given, VEC: tl.constexpr, S: tl.constexpr):
     """The classes at positions o: z is -inf and the rest 0 where masked."""
     targets, numbers = given.targets, given.numbers
     b_x = tl.load(at(source.x, o, given.x_step), mask=m_o, other=float("-inf")).to(tl.float32)
-    b_z = transform(b_x, numbers.logit_scale, numbers.softcap)
+    b_z, b_slope = transform(b_x, numbers.logit_scale, numbers.softcap)
     if numbers.logit_scale is not None:  # may be 0 or negative
         b_z = tl.where(m_o, b_z, float("-inf"))
     if S.SOFT:
@@ -221,4 +221,4 @@ def read(source, o, m_o, given, VEC: tl.constexpr, S: tl.constexpr):
         b_w = tl.load(targets.weight + source.k + o, mask=m_o, other=0.0)
     if S.PRIOR:
         b_u = tl.load(targets.prior + source.k + o, mask=m_o, other=0.0)
-    return Block(b_z, b_t, b_w, b_u)
+    return Block(b_z, b_t, b_w, b_u, b_slope)
