@@ -136,9 +136,7 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands]
     others = (rows.row_weight, spec.normalizer)
     grad_of_others = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in others)
-    one_pass = (
-        any(wanted) and spec.reduction != "none" and dtype != torch.float16 and not grad_of_others and len(flat) > 0
-    )
+    one_pass = any(wanted) and spec.reduction != "none" and dtype != torch.float16 and not grad_of_others
     head = Head(dtype, grad_reduce, chunk_rows or 0, grad_accumulation == "float32", wanted)
     where = Where.of(rows, shape, group, num_classes, chosen.name)
     given = (*row_tensors(rows, where), indices, *row_constants(rows, where), head, one_pass)

@@ -198,16 +198,17 @@ def _whole(parts: list[Whole], run: _Run) -> Whole:
     return Whole(*map(together, numbers), known)  # type: ignore[call-arg]  # of four
 
 
-def _factors(rows: Rows, layout: Layout, group: Any) -> Tensor:
-    """(N,) of the rows in a mean or a sum, known before any logits are."""
+def _factors(rows: Rows, layout: Layout, group: Any) -> tuple[Tensor, Tensor | None]:
+    """(N,) of the rows in a mean or a sum, known before any logits are; and what a mean divides by."""
     w_y = None
     if rows.spec.reduction == "mean" and rows.spec.normalizer is None:
         w_y = target_weight(rows, layout.place)
     if w_y is not None:
         dist.all_reduce(w_y, group=group)  # a class has one owner: a sum of one weight and zeros
-    scale = row_scale(rows.row_weight, divisor_of(rows, w_y))
+    divisor = divisor_of(rows, w_y)
+    scale = row_scale(rows.row_weight, divisor)
     ones = torch.ones(rows.n, dtype=accumulate_dtype(rows.logits.dtype), device=rows.target.device)
-    return ones if scale is None else ones * scale
+    return ones if scale is None else ones * scale, divisor
 
 
 def _heaviest(weight: Tensor | None, group: Any) -> Tensor | float:
@@ -242,7 +243,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
     if indices is not None:
         check_top_k(indices, layout.num_classes)
     with torch.autocast(hidden.device.type, enabled=False):
-        factors = _factors(rows, layout, group) if one_pass else None
+        factors, divisor = _factors(rows, layout, group) if one_pass else (None, None)
         run, parts = _Run((hidden, weight, bias), rows, Job(head, where.backend, layout, group, indices)), []
         if factors is not None and run.order is not None:
             factors = factors[run.order.forward]
@@ -255,7 +256,8 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
         grads = fake_gradients((hidden, weight, bias), none) if factors is None else run.finished()
     loss, *results = results_of(whole, head.dtype)
     if factors is not None:
-        loss = (whole.loss * run.restored(factors)).sum().to(loss.dtype)
+        total = (whole.loss if rows.row_weight is None else whole.loss * rows.row_weight).sum()
+        loss = (total if divisor is None else total / divisor).to(loss.dtype)
     return loss, *results, torch.tensor(layout.starts), *grads
 
 

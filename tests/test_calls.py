@@ -284,7 +284,7 @@ def test_a_mean_over_the_rows(place: Place, probabilities: bool) -> None:
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_the_slope_of_a_saturated_softcap(place: Place, softcap: float) -> None:
-    """In float32 1 - tanh² loses its digits from v = 5 on and is 0 from 10 on; 4e/(1 + e)² of e = exp(-2|v|) does not."""
+    """In float32 1 - tanh² loses its digits from v = 5 on and is 0 from 10 on; 4e/(1 + e)² of exp(-2|v|) does not."""
     v = torch.tensor([[0.0, 0.3, -1.0, 3.0, -5.0, 7.0, 9.0, -10.0, 12.0]], device=place[1])
     x, y = softcap * v, torch.tensor([4], device=place[1])
     z, slope = softcap * v.double().tanh(), 1 / v.double().cosh().square()
