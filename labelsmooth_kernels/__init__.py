@@ -2,10 +2,11 @@
 
 from . import calibration, conventions, distillation, functional, parallel, reference, representation, smoothing
 from .functional import cross_entropy
-from .linear import Teacher, TopK, linear_cross_entropy
+from .linear import linear_cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
 from .reference import RowStats
 from .spec import ArgumentError, LossSpec
+from .targets import Teacher, TopK
 
 __version__ = "0.1.0"
 __all__ = [

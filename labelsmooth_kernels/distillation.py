@@ -25,7 +25,6 @@ from .arguments import checks_names, same_shape
 from .autograd import graph_is_kept, row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import check_same_device, check_targets, denominator, prepare, reduce
-from .linear import Teacher, teacher_rows
 from .spec import (
     FLOAT_DTYPES,
     ArgumentError,
@@ -37,6 +36,7 @@ from .spec import (
     require,
     transformed,
 )
+from .targets import Teacher, teacher_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,8 +22,8 @@ from .spec import ArgumentError, LossSpec
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .linear import Teacher, TopK
     from .reference import RowStats
+    from .targets import Teacher, TopK
 
 
 def spec_of(input: DTensor, options: dict[str, Any]) -> LossSpec:

@@ -17,8 +17,8 @@ from .smoothing import Schedule
 from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, check_prior, reduction_of, require
 
 if TYPE_CHECKING:
-    from .linear import Teacher, TopK
     from .reference import RowStats
+    from .targets import Teacher, TopK
 
 _PER_CALL = ("row_weight", "normalizer")
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(LossSpec) if f.name not in _PER_CALL}

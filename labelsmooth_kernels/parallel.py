@@ -20,11 +20,12 @@ from . import backends
 from .arguments import check_names, options_of, plain_int
 from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
-from .linear import LinearSpec, TopK, check_operands, head_options, top_k
+from .linear import LinearSpec, check_operands, head_options
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
 from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, require, transformed
+from .targets import TopK, top_k
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,6 @@ from torch import Tensor
 from .autograd import called_rows, graph_is_kept, row_arguments, row_scale
 from .backends import kernels_of
 from .chunked import GRADIENTS_SCHEMA, Gradients, How, Problem, Soft, dense_target, in_range, rows_per_chunk
-from .linear import check_top_k
 from .ops import NAMESPACE, ROW_SCHEMA, RowCall, fake_gradients
 from .parallel_rows import (
     RESULTS_SCHEMA,
@@ -36,6 +35,7 @@ from .ranks import Exchange, all_gather, check_together, group_named, refuse_gra
 from .reference import RowStats
 from .shards import IGNORED, Layout, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import Rows, accumulate_dtype
+from .targets import check_top_k
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

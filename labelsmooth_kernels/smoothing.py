@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .calibration import Calibration, evaluate, fit_temperature
 from .conventions import target_entropy
-from .linear import TopK
 from .reference import optimal_gap
 from .spec import INDEX_DTYPES, ArgumentError, require
+from .targets import TopK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import parallel, ranks
-from labelsmooth_kernels.linear import TopK
+from labelsmooth_kernels.targets import TopK
 
 if TYPE_CHECKING:
     from pathlib import Path

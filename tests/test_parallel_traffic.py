@@ -60,7 +60,7 @@ def _disagree(rank: int) -> None:
     with pytest.raises(
         TypeError, match="rank 0: target must be a Tensor or a TopK where classes are sharded, got Teach"
     ):
-        parallel.linear_cross_entropy(hidden, head[part], lsk.linear.Teacher(hidden, head))  # type: ignore[arg-type]
+        parallel.linear_cross_entropy(hidden, head[part], lsk.Teacher(hidden, head))  # type: ignore[arg-type]
     with pytest.raises(lsk.ArgumentError, match="rank 0: grad_reduce must be 'all', 'scatter' or 'none', got 'sum'"):
         parallel.linear_cross_entropy(hidden, head[part], y, grad_reduce="sum")
     with pytest.raises(lsk.ArgumentError, match=f"grad_reduce {same}"):
