@@ -29,14 +29,29 @@ def check_names(function: str, given: Iterable[str], options: Iterable[str]) -> 
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
 
 
+def takes(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+    """Let help() and completion show what the ``**options`` of a function stand for: those of ``parameters``,
+    keyword-only ones, that it does not name itself."""
+
+    def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
+        signature = inspect.signature(function)
+        own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        more = [p for p in parameters if p.name not in own]
+        function.__signature__ = signature.replace(parameters=[*own.values(), *more])  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> frozenset[str]:
-    """The names by which a function can be given its arguments, and ``more`` that its ``**options`` take."""
+    """The names by which a function can be given its arguments, and ``more`` that it looks at itself."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
 
 
 def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option."""
+    """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option; for
+    the names in ``more`` it has an error of its own."""
 
     def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
         options = options_of(function, more) - {"self"}

@@ -21,6 +21,7 @@ Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Nixon et a
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import takes
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 from .reference import RowStats
@@ -36,12 +38,17 @@ from .spec import INDEX_DTYPES, ArgumentError, readable, require
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from typing_extensions import Unpack
+
+    from .options import EvaluationOptions, ScaledEvaluationOptions
 
 SCHEMES = ("width", "mass")
 _UNIT = 2**32  # sums of confidences are in integer multiples of 1/_UNIT: the same in any order, from one row to 2³¹
 _CELLS = 2048  # of equal width in log-odds, from which bins of equal mass are cut
 _FLAT = 1e-4  # logits of this spread: what float32 says of how they might be scaled is rounding
 _REACH = 17.5  # log-odds of the outermost cells: float32 knows nothing between 1 - exp(-_REACH) and 1
+_OPTIONS = inspect.signature(linear_cross_entropy).parameters | inspect.signature(cross_entropy).parameters
+PASSED_ON = [_OPTIONS[name] for name in ("class_dim", "linear_bias", "chunk_rows", "backend")]  # to the loss
 
 
 class Bins(NamedTuple):
@@ -218,6 +225,7 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
     )
 
 
+@takes([*PASSED_ON, _OPTIONS["logit_scale"], _OPTIONS["softcap"]])
 def evaluate(
     input: Tensor | Sequence[Tensor],
     target: Tensor | Sequence[Tensor],
@@ -225,7 +233,7 @@ def evaluate(
     *,
     bins: int = 15,
     ignore_index: int = -100,
-    **options: Any,
+    **options: Unpack[ScaledEvaluationOptions],
 ) -> Calibration:
     """:class:`Calibration` of logits, or of a linear head on hidden states whose logits are never held.
 
@@ -238,9 +246,8 @@ def evaluate(
     """
     total = None
     for x, y in _batches(input, target):
-        found = collect(
-            _statistics(x, y, linear_weight, ignore_index, options), y, bins=bins, ignore_index=ignore_index
-        )
+        stats = _statistics(x, y, linear_weight, ignore_index, options)
+        found = collect(stats, y, bins=bins, ignore_index=ignore_index)
         total = found if total is None else total + found
     require(total is not None, "input", input, "at least one batch")
     assert total is not None
@@ -259,14 +266,10 @@ def _batches(input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]
 
 @torch.no_grad()
 def _statistics(
-    input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: dict[str, Any]
+    input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: Mapping[str, Any]
 ) -> RowStats:
-    known = {
-        "logit_scale",
-        "softcap",
-        "backend",
-        *(("linear_bias", "chunk_rows") if linear_weight is not None else ("class_dim",)),
-    }
+    placed = {"class_dim"} if linear_weight is None else {"linear_bias", "chunk_rows"}
+    known = {"logit_scale", "softcap", "backend"} | placed
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"{unknown[0]} is no option here: {', '.join(sorted(known))} are")
     shared: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "return_stats": "all", **options}
@@ -291,6 +294,7 @@ class Temperature(NamedTuple):
     """passes over the logits"""
 
 
+@takes(PASSED_ON)
 def fit_temperature(
     input: Tensor | Sequence[Tensor],
     target: Tensor | Sequence[Tensor],
@@ -300,7 +304,7 @@ def fit_temperature(
     ignore_index: int = -100,
     tolerance: float = 1e-5,
     max_steps: int = 50,
-    **options: Any,
+    **options: Unpack[EvaluationOptions],
 ) -> Temperature:
     """The temperature T that minimises the mean -log softmax(z/T)_y over a validation set, by Newton's method.
 
@@ -349,7 +353,7 @@ def _at_scale(
     linear_weight: Tensor | None,
     bins: int,
     ignore_index: int,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[tuple[float, ...], Calibration]:
     """(Σ -log p_y, Σ H(p), Σ Var_p[z]) over the counted rows, and their calibration, for z = beta·logits."""
     sums: list[Tensor] = []

@@ -12,16 +12,28 @@ same. The versions named are those whose source was read.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Required
 
 from .reference import uniform_epsilon, weights
 from .spec import require
 
 Number = float | Tensor
-Options = dict[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """Hold keyword arguments of a loss, function or module, without ``return_stats``: the result is a tensor. Where a
+    denominator or weights of rows are given, ``normalizer`` or ``row_weight`` is there too, which a module takes in
+    its call."""
+
+    label_smoothing: Required[Number]
+    smoothing: Required[str | Tensor]
+    class_dim: Required[int]
+    ignore_index: int
+    reduction: str
 
 
 def target_entropy(label_smoothing: float, num_classes: int, smoothing: str = "uniform") -> float:
@@ -177,9 +189,9 @@ def keras(
     reductions: dict[str | None, str] = {"sum": "sum", "none": "none", None: "none"}
     reductions |= dict.fromkeys(("sum_over_batch_size", "mean", "mean_with_sample_weight"), "mean")
     require(reduction in reductions, "reduction", reduction, f"one of {tuple(reductions)}")
-    options = _smoothed(label_smoothing, "uniform", reduction=reductions[reduction])
+    options: dict[str, Any] = {"reduction": reductions[reduction]}
     if sample_weight is None:
-        return options
+        return _smoothed(label_smoothing, "uniform", **options)
     if not isinstance(sample_weight, Tensor):
         sample_weight = torch.tensor(sample_weight, dtype=torch.float64)
     options["row_weight"] = sample_weight
@@ -187,7 +199,7 @@ def keras(
         options["normalizer"] = "rows"
     elif reduction == "mean_with_sample_weight" and sample_weight.numel() == 1:
         options["normalizer"] = sample_weight
-    return options
+    return _smoothed(label_smoothing, "uniform", **options)
 
 
 def optax(alpha: Number) -> Options:
@@ -200,8 +212,8 @@ def optax(alpha: Number) -> Options:
 
 
 def _smoothed(eps: Number, smoothing: str | Tensor, **options: Any) -> Options:
-    return {"label_smoothing": eps, "smoothing": smoothing, "class_dim": -1, **options}
+    return cast("Options", {"label_smoothing": eps, "smoothing": smoothing, "class_dim": -1, **options})
 
 
-def _over(denominator: Number | None, otherwise: str) -> Options:
+def _over(denominator: Number | None, otherwise: str) -> dict[str, Any]:
     return {"reduction": otherwise} if denominator is None else {"normalizer": denominator}

@@ -15,7 +15,7 @@ makes it, from another pass.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ from .targets import Teacher, teacher_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from typing_extensions import Unpack
+
+    from .options import DistillationOptions
 
 
 class Probabilities(NamedTuple):
@@ -94,6 +98,21 @@ def _check_probabilities(name: str, values: Tensor) -> None:
         require(not least < 0, name, least, ">= 0 everywhere")
 
 
+@overload
+def distillation_loss(
+    input: Tensor, teacher: Tensor | Probabilities | Teacher, target: Tensor | None = None, *,
+    return_terms: Literal[False] = False, **options: Unpack[DistillationOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def distillation_loss(
+    input: Tensor, teacher: Tensor | Probabilities | Teacher, target: Tensor | None = None, *,
+    return_terms: Literal[True], **options: Unpack[DistillationOptions],
+) -> tuple[Tensor, DistillationTerms]: ...  # fmt: skip
+@overload
+def distillation_loss(
+    input: Tensor, teacher: Tensor | Probabilities | Teacher, target: Tensor | None = None, *,
+    return_terms: bool, **options: Unpack[DistillationOptions],
+) -> Tensor | tuple[Tensor, DistillationTerms]: ...  # fmt: skip
 @checks_names("distillation_loss")
 def distillation_loss(
     input: Tensor,

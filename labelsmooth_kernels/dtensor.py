@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .reference import RowStats
     from .targets import Teacher, TopK
 
+    Result = Tensor | tuple[Tensor, RowStats]
+
 
 def spec_of(input: DTensor, options: dict[str, Any]) -> LossSpec:
     """The options of a call, a bad one of which every rank that holds a part of ``input`` is to know."""
@@ -67,7 +69,8 @@ def linear_cross_entropy(
     if at is None:
         vectors, y = _local(given | {"linear_bias": linear_bias}, k, mesh, at), _target(target, k, mesh, at, along)
         hidden, head = _whole("input", input), linear_weight.to_local()
-        return linear.linear_cross_entropy(hidden, head, y, **vectors, **chunks, **only_here)
+        found: Result = linear.linear_cross_entropy(hidden, head, y, **vectors, **chunks, **only_here)
+        return found
     group, head = mesh.get_group(at), linear_weight.to_local()
     with told(group, head):
         vectors, y = _local(given | {"linear_bias": linear_bias}, k, mesh, at), _target(target, k, mesh, at, along)
@@ -75,9 +78,10 @@ def linear_cross_entropy(
             if only_here[name] is not False and only_here[name] != default:
                 raise ArgumentError(f"{name} must be {default!r} where classes are sharded, got {only_here[name]!r}")
         reduce, hidden = _hidden(input, linear_weight, at)
-    return parallel.linear_cross_entropy(
+    of_ranks: Result = parallel.linear_cross_entropy(
         hidden, head, y, group=group, num_classes=k, grad_reduce=reduce, **vectors, **chunks
     )
+    return of_ranks
 
 
 def _hidden(input: Tensor, linear_weight: DTensor, at: int) -> tuple[str, Tensor]:

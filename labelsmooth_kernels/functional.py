@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .arguments import checks_names, one_element, same_shape
+from .arguments import checks_names, one_element, same_shape, takes
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
 from .spec import (
     CHECK_TARGETS,
     FLOAT_DTYPES,
     INDEX_DTYPES,
+    LOSS_PARAMETERS,
     ArgumentError,
     LossSpec,
     Rows,
@@ -30,36 +31,35 @@ from .spec import (
     transformed,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import CallOptions
+
 
 @overload
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float | Tensor = 0.0,
-    *,
-    return_stats: Literal[True, "entropy", "all"],
-    **options: Any,
-) -> tuple[Tensor, RowStats]: ...
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0, *, inplace: bool = False, return_stats: Literal[False] = False,
+    **options: Unpack[CallOptions],
+) -> Tensor: ...  # fmt: skip
 @overload
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float | Tensor = 0.0,
-    *,
-    return_stats: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-@checks_names("cross_entropy")  # type: ignore[misc]  # overloads give the result's type; options are listed once, here
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0, *, inplace: bool = False, return_stats: Literal[True, "entropy", "all"],
+    **options: Unpack[CallOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0, *, inplace: bool = False, return_stats: bool | str,
+    **options: Unpack[CallOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
+@checks_names("cross_entropy")
+@takes(LOSS_PARAMETERS)
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -69,19 +69,7 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float | Tensor = 0.0,
-    *,
-    smoothing: str | Tensor = "uniform",
-    smooth_over: str = "all",
-    class_dim: int = 1,
-    z_loss: float = 0.0,
-    confidence_penalty: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    row_weight: Tensor | None = None,
-    normalizer: float | str | Tensor | None = None,
-    inplace: bool = False,
-    return_stats: bool | str = False,
-    backend: str | None = None,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy with label smoothing, loss and gradient in one pass over the logits.
 
@@ -134,12 +122,8 @@ def cross_entropy(
     al. 2019.
     """
     reduction = reduction_of(reduction, size_average, reduce)
-    options = {
-        "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
-        "smoothing": smoothing, "smooth_over": smooth_over, "class_dim": class_dim, "z_loss": z_loss,
-        "confidence_penalty": confidence_penalty, "logit_scale": logit_scale, "softcap": softcap,
-        "row_weight": row_weight, "normalizer": normalizer, "inplace": inplace, "return_stats": return_stats,
-        "backend": backend,
+    options |= {
+        "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing
     }  # fmt: skip
     if is_dtensor(input):
         from . import dtensor  # which takes long to import

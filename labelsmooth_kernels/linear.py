@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .arguments import checks_names, plain_int, same_shape
+from .arguments import checks_names, plain_int, same_shape, takes
 from .chunked import Soft, dense_target
 from .functional import (
     apply_spec,
@@ -36,7 +36,7 @@ from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
 from .spec import (
     CHECK_TARGETS,
     FLOAT_DTYPES,
-    LOSS_OPTIONS,
+    LOSS_PARAMETERS,
     ArgumentError,
     LossSpec,
     Rows,
@@ -46,6 +46,9 @@ from .spec import (
 from .targets import Teacher, TopK, check_top_k, flat, teacher_rows, top_k
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import LinearOptions
     from .reference import RowStats
 
 
@@ -75,12 +78,34 @@ class LinearSpec:
             raise ArgumentError(f"filter_eps is for method='tiled', got {eps!r} with method={self.method!r}")
 
 
+HEAD_PARAMETERS = tuple(
+    p.replace(default=-1) if p.name == "class_dim" else p for p in LOSS_PARAMETERS if p.name != "inplace"
+)
+"""What a head's loss takes of the options; the classes of its logits are last, but where it has more dimensions."""
+
+
 def default_filter_eps(dtype: torch.dtype) -> float:
     """A tile whose every |mass·p| is below this changes no sum of the dtype: 2⁻¹² for bfloat16."""
     return torch.finfo(dtype).eps / 32
 
 
-@checks_names("linear_cross_entropy", LOSS_OPTIONS)
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK | Teacher, *,
+    return_stats: Literal[False] = False, **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK | Teacher, *,
+    return_stats: Literal[True, "entropy", "all"], **options: Unpack[LinearOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK | Teacher, *,
+    return_stats: bool | str, **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
+@checks_names("linear_cross_entropy", {"inplace"})
+@takes(HEAD_PARAMETERS)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

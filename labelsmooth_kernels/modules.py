@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from . import backends
-from .arguments import checks_names
+from .arguments import checks_names, takes
 from .functional import apply_spec
-from .linear import LinearSpec, head_options, linear_cross_entropy, options_not_tiled
+from .linear import HEAD_PARAMETERS, LinearSpec, head_options, linear_cross_entropy, options_not_tiled
 from .smoothing import Schedule
-from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, check_prior, reduction_of, require
+from .spec import LOSS_PARAMETERS, ArgumentError, LossSpec, check_prior, reduction_of, require
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import LinearModuleOptions, ModuleOptions
     from .reference import RowStats
     from .targets import Teacher, TopK
 
 _PER_CALL = ("row_weight", "normalizer")
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(LossSpec) if f.name not in _PER_CALL}
+_MODULE_PARAMETERS = tuple(p for p in LOSS_PARAMETERS if p.name not in _PER_CALL)
+_HEAD_PARAMETERS = (
+    *inspect.signature(LinearSpec).parameters.values(), *(p for p in HEAD_PARAMETERS if p.name not in _PER_CALL)
+)  # fmt: skip
+_DEFAULTS = {p.name: p.default for p in _MODULE_PARAMETERS}
 
 
-class CrossEntropyLoss(nn.Module):
+Result = TypeVar("Result", default=Tensor)
+"""What a call of a module returns, as its ``return_stats`` says: the loss, or a pair (loss, RowStats)."""
+
+
+class CrossEntropyLoss(nn.Module, Generic[Result]):
     """:func:`labelsmooth_kernels.cross_entropy` as a module, a drop-in for ``torch.nn.CrossEntropyLoss``.
 
     ``weight`` and the options are those of the function, kept as attributes of the same names, so that
@@ -36,7 +49,44 @@ class CrossEntropyLoss(nn.Module):
     ``size_average`` and ``reduce`` are PyTorch's deprecated spelling of ``reduction``, with its warning.
     """
 
-    @checks_names("CrossEntropyLoss", LOSS_OPTIONS)
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float | Tensor | Schedule
+    smoothing: str | Tensor
+    smooth_over: str
+    class_dim: int
+    z_loss: float
+    confidence_penalty: float
+    logit_scale: float
+    softcap: float | None
+    inplace: bool
+    return_stats: bool | str
+    backend: str | None
+
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[Tensor], weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        label_smoothing: float | Tensor | Schedule = 0.0, *, inplace: bool = False,
+        return_stats: Literal[False] = False, **options: Unpack[ModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[tuple[Tensor, RowStats]], weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        label_smoothing: float | Tensor | Schedule = 0.0, *, inplace: bool = False,
+        return_stats: Literal[True, "entropy", "all"], **options: Unpack[ModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: CrossEntropyLoss[Tensor | tuple[Tensor, RowStats]], weight: Tensor | None = None,
+        size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        label_smoothing: float | Tensor | Schedule = 0.0, *, inplace: bool = False,
+        return_stats: bool | str, **options: Unpack[ModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @checks_names("CrossEntropyLoss", _PER_CALL)
+    @takes(_MODULE_PARAMETERS)
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -45,7 +95,7 @@ class CrossEntropyLoss(nn.Module):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float | Tensor | Schedule = 0.0,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__()
         for name in _PER_CALL:
@@ -57,7 +107,7 @@ class CrossEntropyLoss(nn.Module):
             ignore_index=ignore_index,
             reduction=reduction_of(reduction, size_average, reduce),
             label_smoothing=schedule.eps if isinstance(schedule, Schedule) else schedule,
-            **options,  # type: ignore[arg-type]  # it checks them
+            **options,
         )
         backends.check_name(spec.backend)
         if isinstance(spec.smoothing, Tensor):
@@ -86,9 +136,20 @@ class CrossEntropyLoss(nn.Module):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | str | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, RowStats]:
+    ) -> Result:
         options = {**self._options(), "row_weight": row_weight, "normalizer": normalizer}
-        return apply_spec(input, target, LossSpec.of(options))
+        return apply_spec(input, target, LossSpec.of(options))  # type: ignore[return-value]  # as __init__ was told
+
+    if TYPE_CHECKING:  # nn.Module's __call__ returns Any
+
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor,
+            *,
+            row_weight: Tensor | None = None,
+            normalizer: float | str | Tensor | None = None,
+        ) -> Result: ...
 
     def extra_repr(self) -> str:
         values = self._options()
@@ -96,7 +157,7 @@ class CrossEntropyLoss(nn.Module):
         return ", ".join(f"{n}={shown[n]}" for n, v in values.items() if isinstance(v, Tensor) or v != _DEFAULTS[n])
 
 
-class LabelSmoothingCrossEntropy(CrossEntropyLoss):
+class LabelSmoothingCrossEntropy(CrossEntropyLoss[Tensor]):
     """The classic recipe: input (N, K), target (N,), q = (1-ε)[k=y] + ε/K (Szegedy et al. 2016).
 
     ε is the first argument, or ``eps=``, or ``smoothing=`` as in timm's class of this name; the attribute is
@@ -111,7 +172,7 @@ class LabelSmoothingCrossEntropy(CrossEntropyLoss):
         super().__init__(label_smoothing=0.1 if eps is None else eps, reduction=reduction)
 
 
-class LinearCrossEntropyLoss(CrossEntropyLoss):
+class LinearCrossEntropyLoss(CrossEntropyLoss[Result]):
     """A linear head and its loss, :func:`labelsmooth_kernels.linear_cross_entropy` as a module; a drop-in for
     ``torch.nn.LinearCrossEntropyLoss``.
 
@@ -121,7 +182,26 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
     Options are those of the function, kept as attributes of the same names; shapes, dtypes and errors: see there.
     """
 
-    @checks_names("LinearCrossEntropyLoss", LOSS_OPTIONS | {f.name for f in dataclasses.fields(LinearSpec)})
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[Tensor], in_features: int, num_classes: int, *,
+        label_smoothing: float | Tensor | Schedule = 0.0,
+        return_stats: Literal[False] = False, **options: Unpack[LinearModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[tuple[Tensor, RowStats]], in_features: int, num_classes: int, *,
+        label_smoothing: float | Tensor | Schedule = 0.0,
+        return_stats: Literal[True, "entropy", "all"], **options: Unpack[LinearModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[Tensor | tuple[Tensor, RowStats]], in_features: int, num_classes: int, *,
+        label_smoothing: float | Tensor | Schedule = 0.0,
+        return_stats: bool | str, **options: Unpack[LinearModuleOptions],
+    ) -> None: ...  # fmt: skip
+    @checks_names("LinearCrossEntropyLoss", (*_PER_CALL, "inplace"))
+    @takes(_HEAD_PARAMETERS)
     def __init__(
         self,
         in_features: int,
@@ -133,13 +213,15 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
         ignore_index: int | None = None,
+        label_smoothing: float | Tensor | Schedule = 0.0,
         options: object = None,
-        **loss_options: object,
+        **loss_options: Any,
     ) -> None:
         how = {f.name: loss_options.pop(f.name) for f in dataclasses.fields(LinearSpec) if f.name in loss_options}
         loss_options = head_options(loss_options, None, 2 + len(out_features))
-        super().__init__(weight, ignore_index=-100 if ignore_index is None else ignore_index, **loss_options)  # type: ignore[arg-type]
-        self.num_classes, self.out_features, self.how = num_classes, tuple(out_features), LinearSpec(**how)  # type: ignore[arg-type]
+        loss_options |= {"ignore_index": -100 if ignore_index is None else ignore_index, "weight": weight}
+        super().__init__(label_smoothing=label_smoothing, **loss_options)  # type: ignore[misc]  # not one result's self
+        self.num_classes, self.out_features, self.how = num_classes, tuple(out_features), LinearSpec(**how)
         self._check_options()
         rows = math.prod(self.out_features, start=num_classes)
         self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
@@ -164,11 +246,11 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | str | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, RowStats]:
+    ) -> Result:
         _check_plain(self.linear)
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
         options = {name: value for name, value in self._options().items() if name not in ("class_dim", "inplace")}
-        return linear_cross_entropy(
+        result: Result = linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
             target,
@@ -178,6 +260,18 @@ class LinearCrossEntropyLoss(CrossEntropyLoss):
             **dataclasses.asdict(self.how),
             **options,
         )
+        return result
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor | TopK | Teacher,
+            *,
+            row_weight: Tensor | None = None,
+            normalizer: float | str | Tensor | None = None,
+        ) -> Result: ...
 
 
 def _check_plain(linear: nn.Module) -> None:

@@ -10,35 +10,57 @@ more than 16 ranks, in an all-to-all whose results are gathered; the same bits o
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from .arguments import check_names, options_of, plain_int
+from .arguments import check_names, options_of, plain_int, takes
 from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
-from .linear import LinearSpec, check_operands, head_options
+from .linear import HEAD_PARAMETERS, LinearSpec, check_operands, head_options
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import LOSS_OPTIONS, ArgumentError, LossSpec, Rows, require, transformed
+from .spec import LOSS_OPTIONS, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require, transformed
 from .targets import TopK, top_k
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Unpack
+
+    from .options import LossOptions
     from .reference import RowStats
 
 
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None, ignore_index: int = -100, inplace: bool = False,
+    return_stats: Literal[False] = False, **options: Unpack[LossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None, ignore_index: int = -100, inplace: bool = False,
+    return_stats: Literal[True, "entropy", "all"], **options: Unpack[LossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None, ignore_index: int = -100, inplace: bool = False,
+    return_stats: bool | str, **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
+@takes(LOSS_PARAMETERS)
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     num_classes: int | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, RowStats]:
@@ -75,6 +97,28 @@ def cross_entropy(
     return apply_spec(input, target, spec, group, num_classes)
 
 
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, group: dist.ProcessGroup | None = None, num_classes: int | None = None,
+    grad_reduce: str = "all", chunk_rows: int | None = None, grad_accumulation: str = "float32",
+    ignore_index: int = -100, return_stats: Literal[False] = False, **options: Unpack[LossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, group: dist.ProcessGroup | None = None, num_classes: int | None = None,
+    grad_reduce: str = "all", chunk_rows: int | None = None, grad_accumulation: str = "float32",
+    ignore_index: int = -100, return_stats: Literal[True, "entropy", "all"], **options: Unpack[LossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor | TopK, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, group: dist.ProcessGroup | None = None, num_classes: int | None = None,
+    grad_reduce: str = "all", chunk_rows: int | None = None, grad_accumulation: str = "float32",
+    ignore_index: int = -100, return_stats: bool | str, **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
+@takes(HEAD_PARAMETERS)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -82,7 +126,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
     num_classes: int | None = None,
     grad_reduce: str = "all",
     chunk_rows: int | None = None,
@@ -172,7 +216,7 @@ def _result(
     return shaped(loss, stats, shape, rows.spec)
 
 
-def token_count(target: Tensor, group: Any = None, ignore_index: int = -100) -> Tensor:
+def token_count(target: Tensor, group: dist.ProcessGroup | None = None, ignore_index: int = -100) -> Tensor:
     """How many targets of all ranks of ``group`` are not ``ignore_index``: the ``normalizer`` of a mean over ranks of
     data, sequence or context parallelism. A 0-dimensional int64 tensor on the device of ``target``; the sum runs in the
     background until it is used.

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .calibration import Calibration, evaluate, fit_temperature
+from .arguments import takes
+from .calibration import PASSED_ON, Calibration, evaluate, fit_temperature
 from .conventions import target_entropy
 from .reference import optimal_gap
 from .spec import INDEX_DTYPES, ArgumentError, require
@@ -30,6 +31,10 @@ from .targets import TopK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from typing_extensions import Unpack
+
+    from .options import EvaluationOptions
 
 __all__ = [
     "Schedule", "Trial", "compare", "cosine", "excess_loss", "linear", "neighbour_targets", "optimal_gap",
@@ -161,8 +166,15 @@ class Trial(NamedTuple):
     found: Calibration
 
 
+@takes(PASSED_ON)
 def compare(
-    outputs: Mapping[float, Sequence[Any]], temperatures: Sequence[float] = (1.0,), *, fit: bool = True, **options: Any
+    outputs: Mapping[float, Sequence[Any]],
+    temperatures: Sequence[float] = (1.0,),
+    *,
+    fit: bool = True,
+    bins: int = 15,
+    ignore_index: int = -100,
+    **options: Unpack[EvaluationOptions],
 ) -> list[Trial]:
     """Accuracy, NLL and calibration over a grid of ε and temperatures.
 
@@ -172,7 +184,7 @@ def compare(
         temperatures: at which every model is evaluated.
         fit: also at the temperature that minimises its NLL, on these same data: to report that number of a model, fit
             it on others.
-        options: of ``evaluate``, but for ``logit_scale`` and ``softcap``.
+        bins, ignore_index, options: of ``evaluate``, but for ``logit_scale`` and ``softcap``.
 
     Raises:
         ArgumentError: no model, a temperature that is not above 0, a model that no temperature suits best; and as
@@ -183,16 +195,17 @@ def compare(
         require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
     grid = [float(temperature) for temperature in temperatures]
     require(all(0 < t < math.inf for t in grid), "temperatures", grid, "finite and > 0")
+    shared: dict[str, Any] = {"bins": bins, "ignore_index": ignore_index, **options}
     trials = []
     for eps, given in outputs.items():
         good = isinstance(given, list | tuple) and len(given) in (2, 3)
         require(good, f"outputs[{eps}]", given, "(logits, target) or (hidden, target, linear_weight)")
         for temperature in grid:
-            found = evaluate(*given, logit_scale=1 / temperature, **options)
+            found = evaluate(*given, logit_scale=1 / temperature, **shared)
             trials.append(Trial(float(eps), temperature, False, found))
         if fit:
             try:
-                best = fit_temperature(*given, **options)
+                best = fit_temperature(*given, **shared)
             except ArgumentError as error:
                 raise ArgumentError(f"outputs[{eps}]: {error}; fit=False leaves the fitted temperature out") from error
             trials.append(Trial(float(eps), best.temperature, True, best.after))

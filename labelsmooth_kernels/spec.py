@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import inspect
 import math
 import os
 import sys
@@ -289,7 +289,8 @@ class LossSpec:
 
 _init = LossSpec.__init__
 LossSpec.__init__ = checks_names("LossSpec")(LossSpec.__init__)  # type: ignore[method-assign]
-LOSS_OPTIONS = frozenset(f.name for f in dataclasses.fields(LossSpec))
+LOSS_PARAMETERS = tuple(inspect.signature(LossSpec).parameters.values())
+LOSS_OPTIONS = frozenset(p.name for p in LOSS_PARAMETERS)
 
 
 def _check_epsilon(eps: object) -> None:
