@@ -40,7 +40,8 @@ minutes: .venv/built
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict labelsmooth_kernels
+	$(BIN)/mypy --strict labelsmooth_kernels tests/typing
+	$(BIN)/basedpyright --project pyproject.toml --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/* bench/*.c bench/prototypes/*.cu tests/cuda_shim/*.h tests/cuda_shim/*.cpp)
 
 # The machine code of every Triton kernel on sm_80, sm_90 and sm_100, without a GPU, with both ends of the supported range
@@ -109,7 +110,7 @@ doctor: .venv/built
 	$(PYTHON) -m venv .venv
 	grep -v -E '^(torch|triton)==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH) setuptools wheel ninja pybind11 build
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark pytest-xdist hypothesis ruff mypy clang-format matplotlib tqdm torchmetrics scikit-learn sacrebleu
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) numpy pytest pytest-benchmark pytest-xdist hypothesis ruff mypy basedpyright clang-format matplotlib tqdm torchmetrics scikit-learn sacrebleu
 	touch $@
 
 .venv/mode-$(BUILD): .venv/deps
