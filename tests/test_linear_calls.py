@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -183,3 +184,11 @@ def test_heads_that_are_plain_or_parametrized() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(v, (adapter.down, adapter.up)) for v in (got, want)))
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(hidden, y), want)
+
+
+def test_targets_are_pickled_by_name_and_found_where_they_were() -> None:
+    """Pickles of before name ``labelsmooth_kernels.linear``."""
+    for kind in (lsk.TopK, lsk.Teacher):
+        assert getattr(lsk.linear, kind.__name__) is kind
+        copy = pickle.loads(pickle.dumps(kind(torch.zeros(2, 1), torch.ones(2, 1))))
+        assert type(copy) is kind

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typing_extensions
 from sharded import needs_gloo, spawn
 from torch import Tensor
 
@@ -147,7 +148,7 @@ def test_modules_declare_what_they_keep() -> None:
 
 def test_conventions_are_options() -> None:
     types = {n: type_of(f.type, lsk.LossSpec) for n, f in OPTIONS.items()}
-    hints = typing.get_type_hints(conventions.Options)
+    hints = typing_extensions.get_type_hints(conventions.Options)  # without Required, in Python 3.10 too
     assert hints.items() <= types.items()
     assert conventions.fairseq(0.1, 1).keys() <= hints.keys()
     assert "return_stats" not in hints

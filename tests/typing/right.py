@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from labelsmooth_kernels import calibration, conventions, distillation, parallel
 from labelsmooth_kernels.distillation import DistillationTerms, distillation_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Unpack
 
     from labelsmooth_kernels.options import LossOptions
@@ -44,6 +47,9 @@ def logits_given() -> None:
     assert_type(lsk.cross_entropy(logits, target, return_stats=asked), "Tensor | Pair")
     assert_type(lsk.cross_entropy(logits, target, return_stats=word), "Tensor | Pair")
     assert_type(lsk.LossSpec(label_smoothing=0.1, smoothing="others").softcap, "float | None")
+    loss_of: Callable[[Tensor, Tensor], Tensor] = lsk.cross_entropy
+    loss_of(logits, target).backward()
+    functools.partial(lsk.cross_entropy, label_smoothing=0.1)(logits, target).backward()
     assert_type(my_loss(logits, label_smoothing=0.1, softcap=None), Tensor)
 
 
@@ -102,6 +108,7 @@ def modules() -> None:
     assert_type(linear(hidden, lsk.Teacher(hidden, head.detach()), normalizer="rows"), Tensor)
     assert_type(lsk.LinearCrossEntropyLoss(D, K, return_stats=True)(hidden, target), Pair)
     assert_type(Model().training_loss(logits), Tensor)
+    assert_type(Mine()(logits, target), Tensor)
 
 
 class Model(nn.Module):
@@ -113,6 +120,11 @@ class Model(nn.Module):
     def training_loss(self, x: Tensor) -> Tensor:
         _, stats = self.watched(x, target)
         return self.loss(x, target) + stats.nll.mean()
+
+
+class Mine(lsk.CrossEntropyLoss):
+    def __init__(self) -> None:
+        super().__init__(label_smoothing=0.1)
 
 
 def teachers() -> None:
