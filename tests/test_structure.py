@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
 FLOORS = """arguments fusing options | spec | reference ops | backends conventions | autograd chunked |
-    functional linear_autograd shards | targets ranks | linear | parallel_rows calibration distillation representation |
-    parallel_linear smoothing | parallel | modules doctor dtensor | __init__ __main__"""
+    functional linear_autograd shards | targets ranks distillation_autograd | linear |
+    parallel_rows calibration distillation representation | parallel_linear smoothing | parallel |
+    modules doctor dtensor | __init__ __main__"""
 LATE = {("functional", "dtensor"), ("linear", "dtensor")}
 """Upward, inside a function: a call with DTensors goes to those who know them."""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
