@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from sharded import needs_gloo, spawn
 from torch import Tensor
 from tracing import compiler
 
@@ -19,6 +21,7 @@ from labelsmooth_kernels.distillation import Probabilities, distillation_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 K, D, EPS = 11, 5, 0.1
 WEIGHT = torch.linspace(0.5, 2.0, K)
@@ -64,7 +67,8 @@ def with_statistics(h: Tensor, w: Tensor, y: Tensor, backend: str | None) -> Ten
 
 
 MODULES = {
-    backend: lsk.CrossEntropyLoss(label_smoothing=EPS, class_dim=-1, backend=backend) for backend in (None, "reference")
+    backend: lsk.CrossEntropyLoss(label_smoothing=EPS, class_dim=-1, backend=backend)
+    for backend in (None, "cpu", "reference")
 }
 LOSSES: dict[str, Loss] = {
     "smoothed": of_logits(label_smoothing=EPS),
@@ -142,8 +146,8 @@ def unknown_sizes() -> Any:
 
 
 def claims(name: str, form: str, backend: str | None) -> set[tuple[object, ...]]:
-    """Every loss under each backend, with a size from data and with one that differs by call; every form under each."""
-    return {(name, backend), (name, form in ("rows", "batch and length")), (form, backend)}
+    """Every loss by the backend that serves it, with a size from data; every form under each backend."""
+    return {(form, backend)} | ({name} if backend is None and form in ("mask", "nonzero", "unbacked") else set())
 
 
 @compiler
@@ -210,3 +214,43 @@ def test_exported(name: str, form: str) -> None:
 def test_an_export_with_gradients_names_the_way_out() -> None:
     with pytest.raises(Exception, match=r"does not serve a gradient in a program of torch\.export"):
         exported("smoothed", "rows", "cpu")
+
+
+SHARDED: dict[str, Callable[..., Tensor]] = {
+    "logits": lambda h, w, y: lsk.parallel.cross_entropy(F.linear(h, w), y, label_smoothing=EPS),
+    "row tensors": lambda h, w, y: lsk.parallel.cross_entropy(F.linear(h, w), y, reduction="none", **row_tensors(h)),
+    "head": lambda h, w, y: lsk.parallel.linear_cross_entropy(h, w, y, label_smoothing=EPS),
+    "head, top-k": lambda h, w, y: lsk.parallel.linear_cross_entropy(h, w, top_k(h, y)),
+}
+WHOLE: dict[str, Loss] = {
+    "logits": of_logits(label_smoothing=EPS),
+    "row tensors": lambda h, w, y, backend: of_logits(reduction="none", **row_tensors(h))(h, w, y, backend),
+    "head": of_head(label_smoothing=EPS),
+    "head, top-k": lambda h, w, y, backend: of_head()(h, w, top_k(h, y), backend),
+}
+
+
+def compiled_over_ranks(rank: int) -> None:
+    """Each rank holds some classes; a mask of the rows, among them one that is true nowhere, is the same on both."""
+    part = slice(*((0, 7), (7, K))[rank])
+    for name, sharded in SHARDED.items():
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            torch._dynamo.reset()
+            step = lambda h, w, y, mask, sharded=sharded: sharded(h[mask], w, y[mask])  # noqa: E731
+            run = torch.compile(step, fullgraph=True, backend="aot_eager")
+            for size, none in ((9, False), (14, False), (5, True)):
+                h, w, y, mask = arguments("mask", size)
+                mask = mask & (not none)
+                got = evaluated(run, h, w[part], y, mask)
+                exact = lambda h, w, y, mask, name=name: masked(WHOLE[name], h, w, y, mask, "reference")  # noqa: E731
+                loss, d_hidden, d_weight = evaluated(exact, h.double(), w.double(), y, mask)
+                if not name.startswith("head"):  # hidden states of all ranks, outside of what knows of ranks
+                    dist.all_reduce(got[1])
+                for mine, true in zip(got, (loss, d_hidden, d_weight[part]), strict=True):
+                    torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@needs_gloo
+@compiler
+def test_compiled_over_ranks(tmp_path: Path) -> None:
+    spawn(compiled_over_ranks, 2, tmp_path)
