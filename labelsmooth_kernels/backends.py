@@ -26,6 +26,8 @@ EVERY_OPTION = frozenset(
         "confidence_penalty", "logit_scale", "softcap", "distillation",
     }
 )  # fmt: skip
+LEAST_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
+"""The oldest GPUs that the kernels are checked on."""
 TILED = frozenset({"tiled head"})
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
 
@@ -123,8 +125,10 @@ def _load_triton() -> str | None:
         if torch.version.hip is not None:
             return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm"
         oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        if oldest < (8, 0):
-            return f"a GPU here has compute capability {oldest[0]}.{oldest[1]}: the kernels are checked from 8.0 on"
+        least = LEAST_CAPABILITY["triton"]
+        if oldest < least:
+            found, needed = (".".join(map(str, version)) for version in (oldest, least))
+            return f"a GPU here has compute capability {found}: the kernels are checked from {needed} on"
     try:
         logits, linear, pairs = (
             importlib.import_module(f"labelsmooth_kernels.triton_kernels.{name}")

@@ -9,7 +9,7 @@ import platform
 import runpy
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,6 +19,15 @@ from .spec import CHECK_TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_COST = (
+    "{} tensors are served by the plain PyTorch reference: slower, with temporaries of the size of the logits (N×K); "
+    "linear_cross_entropy then holds whole logits too"
+)
+_BUILD = (
+    "LABELSMOOTH_BUILD={} pip install --no-build-isolation .   (in the source tree, beside this torch; "
+    "the README says what it needs)"
+)
 
 
 def _triton_version() -> str:
@@ -75,8 +84,33 @@ def _parity(backend: backends.Backend, device: str) -> tuple[bool, str]:
     return agrees, f"relative error {loss_error:.0e} in the loss, {grad_error / scale:.0e} in the gradient"
 
 
-def report() -> bool:
-    """Print the machine, the versions and every backend; True if every available backend agrees with float64."""
+class Missing(NamedTuple):
+    """Kernels that this machine could use and does not have."""
+
+    kernels: str
+    reason: str
+    cost: str
+    mend: str
+
+
+def _missing() -> list[Missing]:
+    """Return what is missing for the CPU, and for its GPUs where kernels for them exist and none of these works."""
+    found = []
+    if reason := backends.BACKENDS["cpu"].unavailable():
+        found.append(Missing("the C++ kernels for the CPU", reason, _COST.format("CPU"), _BUILD.format("cpu")))
+    if torch.cuda.is_available() and torch.version.hip is None:
+        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        able = [name for name, least in backends.LEAST_CAPABILITY.items() if oldest >= least]
+        reasons = [f"{name}: {reason}" for name in able if (reason := backends.BACKENDS[name].unavailable())]
+        if able and len(reasons) == len(able):
+            mend = " or ".join({"triton": "pip install 'triton>=3.4'", "cuda": _BUILD.format("cuda")}[n] for n in able)
+            found.append(Missing("kernels for the GPU", "; ".join(reasons), _COST.format("GPU"), mend))
+    return found
+
+
+def report(strict: bool = False) -> bool:
+    """Print the machine, the versions, every backend and what is missing; return whether every available backend agrees
+    with float64 and, with ``strict``, nothing that this machine could use is missing."""
     print("\n".join(_machine()), flush=True)  # a crash below loses nothing of it
     healthy = True
     for backend in backends.BACKENDS.values():
@@ -95,8 +129,14 @@ def report() -> bool:
                 agrees, detail = False, f"{type(error).__name__}: {error}"
             healthy &= agrees
             print(f"  {device:10} {'agrees' if agrees else 'DISAGREES'}: {detail}")
-    print(f"\n{'every available backend agrees with float64' if healthy else 'NOT ALL BACKENDS AGREE'}")
-    return healthy
+    missing = _missing()
+    for kernels, reason, cost, mend in missing:
+        print(f"\nMISSING: {kernels}\n  why        {reason}\n  cost       {cost}\n  mend       {mend}")
+    agreement = "every available backend agrees with float64" if healthy else "NOT ALL BACKENDS AGREE"
+    print(
+        f"\n{agreement}; {'KERNELS ARE MISSING' if missing else 'no kernels that this machine could use are missing'}"
+    )
+    return healthy and not (strict and missing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,9 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SCRIPT [ARG ...]",
         help=f"run a program with {CHECK_TARGETS}=1, so that a target outside the classes raises on a GPU too",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 also where kernels that this machine could use are missing"
+    )
     options = parser.parse_args(arguments)
     if options.check_targets is None:
-        return 0 if report() else 1
+        return 0 if report(options.strict) else 1
     if not options.check_targets:
         parser.error("--check-targets needs the program to run")
     os.environ[CHECK_TARGETS] = "1"

@@ -250,15 +250,6 @@ def test_an_option_of_the_wrong_type_is_named(option: dict[str, Any]) -> None:
         lsk.cross_entropy(X, Y, **option)
 
 
-def test_the_doctor_reports_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main([]) == 0
-    printed = capsys.readouterr().out
-    for name, backend in backends.BACKENDS.items():
-        section = printed.split(f"\n{name}: ")[1].split("\n\n")[0]
-        assert ("missing" in section) == bool(backend.unavailable())
-        assert ("agrees" in section) == (not backend.unavailable())
-
-
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_a_mean_over_the_rows(place: Place, probabilities: bool) -> None:
     """Of the valid rows, whatever row weights and class weights are; at every entry point; (N, 1) stands for (N,)."""
@@ -295,15 +286,6 @@ def test_the_slope_of_a_saturated_softcap(place: Place, softcap: float) -> None:
     head = torch.eye(v.shape[1], device=place[1])
     (grad,) = torch.autograd.grad(lsk.linear_cross_entropy(x, head, y, **options), x)
     torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-12 if softcap == 30 else 0)
-
-
-def test_the_doctor_finds_a_backend_that_disagrees(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(lsk.reference, "weights", lambda e, _: (1 - e, 0 * e))
-    monkeypatch.setattr(lsk.reference, "smoothing_distribution", lambda z, _: (z.new_zeros(z.shape[-1]), z.shape[-1]))
-    assert doctor.main([]) == 1
-    assert "DISAGREES" in capsys.readouterr().out
 
 
 def test_the_switch_makes_a_bad_target_raise(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
