@@ -1,6 +1,7 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
 from . import calibration, conventions, distillation, functional, parallel, reference, representation, smoothing
+from .flops import count_operators as _count_operators
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
 from .modules import CrossEntropyLoss, LabelSmoothingCrossEntropy, LinearCrossEntropyLoss
@@ -29,3 +30,5 @@ __all__ = [
     "representation",
     "smoothing",
 ]
+
+_count_operators()

@@ -26,7 +26,7 @@ PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", R
 FLOORS = """arguments fusing options | spec | reference ops | backends conventions | autograd chunked |
     functional linear_autograd shards | targets ranks distillation_autograd | linear |
     parallel_rows calibration distillation representation | parallel_linear smoothing | parallel |
-    modules doctor dtensor | __init__ __main__"""
+    modules doctor dtensor flops | __init__ __main__"""
 LATE = {("functional", "dtensor"), ("linear", "dtensor")}
 """Upward, inside a function: a call with DTensors goes to those who know them."""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
@@ -95,7 +95,7 @@ x, y = torch.ones(2, 3, requires_grad=True), torch.tensor([0, 1])
 lsk.cross_entropy(x, y, label_smoothing=0.1).backward()
 lsk.LinearCrossEntropyLoss(3, 4)(x, y).backward()
 lsk.distillation.distillation_loss(x, x.detach()).backward()
-heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "sympy"}
+heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.utils.flop_counter", "triton", "sympy"}
 assert not heavy & (set(sys.modules) - known), heavy & (set(sys.modules) - known)
 """
 
