@@ -96,7 +96,8 @@ def cross_entropy(
         class_dim: where the classes are; ignored for (K,).
         confidence_penalty: β of Pereyra et al. 2017, rewards entropy; below 0 it is entropy minimisation (Grandvalet
             and Bengio 2004), and all there is beside probabilities of zeros as ``target``.
-        z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap.
+        z_loss, logit_scale, softcap: see the formula. A logit of -inf stays -inf under the softcap. A mean with class
+            weights divides every term by Σ w_y; the README shows how to divide that of z_loss by the rows instead.
         row_weight: a factor for every row's loss, of the shape of target; or one, or (N, 1) for rows (N,).
         normalizer: replaces the denominator of the mean (a global token count), a number or a one-element tensor,
             never synced; or ``"rows"``: the number of valid rows, whatever their weights are.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, loss_and_grad
+from cases import CASES, Case, Place, draw, loss_and_grad, placed
 from failures import check_r33, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,3 +102,31 @@ def test_symmetries(case: Case) -> None:
     renamed = loss_and_grad(("reference", "cpu"), x[:, names], target, reduction="none", **options | vectors)
     torch.testing.assert_close(renamed[0], loss, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(renamed[1], grad[:, names], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("over_rows", [False, True], ids=["over the weights", "over the rows"])
+def test_what_divides_the_z_loss_beside_class_weights(place: Place, over_rows: bool) -> None:
+    """All terms are divided by Σ w_y; the README's recipe divides that of the z-loss by the rows and the others not."""
+    x, y = draw(place)
+    k = x.shape[1]
+    weight = torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.1
+    eps, zeta, valid = 0.1, 0.2, (y != -100).cpu()
+    z = x.detach().cpu().double().requires_grad_()
+    lse = z.logsumexp(1)
+    surprise = (lse[:, None] - z)[valid] * weight.double()
+    at_target = y.cpu()[valid]
+    rows = (1 - eps) * surprise[range(len(surprise)), at_target] + eps * surprise.mean(1)
+    mass = weight.double()[at_target].sum()
+    want = rows.sum() / mass + zeta * lse[valid].square().sum() / (len(rows) if over_rows else mass)
+    want.backward()
+
+    options: dict[str, object] = {"weight": weight}
+    if over_rows:
+        options = {"weight": weight / weight[at_target].mean(), "normalizer": "rows"}
+    options = placed(options | {"label_smoothing": eps, "z_loss": zeta}, place[1])
+    loss, grad = loss_and_grad(place, x, y, **options)
+    torch.testing.assert_close(loss.double().cpu(), want.detach(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad.double().cpu(), z.grad, rtol=2e-5, atol=2e-6)
+    eye = torch.eye(k, device=x.device)
+    of_head = lsk.linear_cross_entropy(x, eye, y, backend=place[0], **options)
+    torch.testing.assert_close(of_head.double().cpu(), want.detach(), rtol=2e-6, atol=0)
