@@ -5,6 +5,11 @@ hold n_b of them with mean confidence c_b and the share a_b of right ones,
 
     ECE = Σ_b n_b/N · |a_b - c_b|        MCE = max_b |a_b - c_b|        Brier = mean Σ_k (p_k - [k=y])²
 
+These judge the class on top. The class-wise error judges every probability: with bins b of p_k for each of the K
+classes, in which p_k has the mean c_kb and a share a_kb of the rows has the target k,
+
+    classwise-ECE = 1/K · Σ_k Σ_b n_kb/N · |a_kb - c_kb|
+
 :func:`collect` turns the statistics of a call into sums, a :class:`Calibration`; sums of batches and of ranks add up,
 and what is asked is computed from them at the end. Nothing of the size of the logits is read again or kept.
 
@@ -15,220 +20,60 @@ and what is asked is computed from them at the end. Nothing of the size of the l
 so that it is convex in β, and least where the mean loss is the mean entropy: Newton's step is
 β ← β·(1 - mean(-log p_y - H)/mean Var_p[z]), three numbers of a row that the kernels make (``return_stats="all"``).
 
-Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Nixon et al. 2019 for bins of equal mass; Brier
-1950.
+Sources: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Nixon et al. 2019 for bins of equal mass and, as
+static calibration error, the class-wise one, which Kull et al. 2019 call classwise-ECE; Brier 1950.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .arguments import takes
+from .classwise import Classwise, count
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
-from .reference import RowStats
-from .spec import INDEX_DTYPES, ArgumentError, readable, require
+from .reliability import SCHEMES, Bins, Calibration, collect
+from .spec import ArgumentError, LossSpec, require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Unpack
 
-    from .options import EvaluationOptions, ScaledEvaluationOptions
+    from .options import ClasswiseOptions, EvaluationOptions, ScaledEvaluationOptions
+    from .reference import RowStats
 
-SCHEMES = ("width", "mass")
-_UNIT = 2**32  # sums of confidences are in integer multiples of 1/_UNIT: the same in any order, from one row to 2³¹
-_CELLS = 2048  # of equal width in log-odds, from which bins of equal mass are cut
+__all__ = [
+    "SCHEMES",
+    "Bins",
+    "Calibration",
+    "Classwise",
+    "Temperature",
+    "collect",
+    "evaluate",
+    "evaluate_classwise",
+    "fit_temperature",
+    "plot_reliability",
+]
+Batches: TypeAlias = "Tensor | Sequence[Tensor] | Iterable[tuple[Tensor, Tensor]]"
+"""Logits, or hidden states: one tensor, a list or tuple of batches, or without a ``target`` an iterable of pairs of a
+batch and its targets, such as a DataLoader"""
 _FLAT = 1e-4  # logits of this spread: what float32 says of how they might be scaled is rounding
-_REACH = 17.5  # log-odds of the outermost cells: float32 knows nothing between 1 - exp(-_REACH) and 1
 _OPTIONS = inspect.signature(linear_cross_entropy).parameters | inspect.signature(cross_entropy).parameters
 PASSED_ON = [_OPTIONS[name] for name in ("class_dim", "linear_bias", "chunk_rows", "backend")]  # to the loss
+_SCALES = [_OPTIONS[name] for name in ("logit_scale", "softcap")]
 
 
-class Bins(NamedTuple):
-    """A reliability diagram, (bins,) float64 on the CPU; NaN in bins without rows."""
-
-    lower: Tensor
-    upper: Tensor
-    """the range of confidence: [lower, upper), the last [lower, upper]; of equal mass, up to the width of a cell"""
-    rows: Tensor
-    confidence: Tensor
-    """mean confidence"""
-    accuracy: Tensor
-    """share of right rows"""
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What is known of some rows, as sums: ``a + b`` is what is known of both. Made by :func:`collect`.
-
-    A number that a NaN went into is NaN; without any row every number is.
-    """
-
-    scores: Tensor
-    """(2,) float64: Σ -log p_y and Σ of the Brier score (NaN where that was not collected)"""
-    bins: Tensor
-    """(3, bins) int64: rows, confidence in units of 2⁻³² and right rows in bins of equal width"""
-    cells: Tensor
-    """(3, 2048): the same in cells of equal width in log-odds"""
-
-    def __add__(self, other: Calibration) -> Calibration:
-        if self.bins.shape != other.bins.shape:
-            sizes = self.bins.shape[1], other.bins.shape[1]
-            raise ArgumentError(f"bins must be as many on both sides of a sum, got {sizes[0]} and {sizes[1]}")
-        return Calibration(self.scores + other.scores, self.bins + other.bins, self.cells + other.cells)
-
-    def __radd__(self, other: object) -> Calibration:
-        """0 + a, which ``sum`` begins with."""
-        return self if other == 0 else NotImplemented
-
-    def all_reduce(self, group: Any = None) -> Calibration:
-        """The sum over the ranks of a torch.distributed process group (None: the default one)."""
-        counts, scores = torch.cat((self.bins, self.cells), 1), self.scores.clone()
-        for tensor in (counts, scores):
-            torch.distributed.all_reduce(tensor, group=group)
-        sizes = [self.bins.shape[1], _CELLS]
-        return Calibration(scores, *(part.contiguous() for part in counts.split(sizes, 1)))
-
-    @property
-    def rows(self) -> int:
-        """How many rows were counted."""
-        return int(self.bins[0].sum())
-
-    def _mean(self, total: Tensor) -> float:
-        poisoned = bool(self.scores[0].isnan())
-        return math.nan if poisoned or not self.rows else float(total) / self.rows
-
-    @property
-    def nll(self) -> float:
-        """mean -log p_y"""
-        return self._mean(self.scores[0])
-
-    @property
-    def accuracy(self) -> float:
-        return self._mean(self.bins[2].sum())
-
-    @property
-    def confidence(self) -> float:
-        """mean max p"""
-        return self._mean(self.bins[1].sum() / _UNIT)
-
-    @property
-    def brier(self) -> float:
-        """mean Σ_k (p_k - [k=y])², from 0 to 2; NaN unless the statistics had ``return_stats="all"``."""
-        return self._mean(self.scores[1])
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error over bins of equal width."""
-        return self.calibration_error()
-
-    @property
-    def mce(self) -> float:
-        """The largest calibration error of a bin of equal width."""
-        return self.calibration_error(norm="max")
-
-    @property
-    def adaptive_ece(self) -> float:
-        """Expected calibration error over bins of equal mass, as many as there are of equal width."""
-        return self.calibration_error("mass")
-
-    def calibration_error(self, scheme: str = "width", norm: str = "mean") -> float:
-        """Σ n_b/N·|a_b - c_b| (``norm="mean"``) or max_b |a_b - c_b| (``"max"``) over :meth:`reliability`."""
-        require(norm in ("mean", "max"), "norm", norm, "'mean' or 'max'")
-        found = self.reliability(scheme)
-        gap, rows = (found.accuracy - found.confidence).abs(), found.rows
-        if math.isnan(self.nll):
-            return math.nan
-        gap = torch.where(rows > 0, gap, 0.0)
-        return float(gap.max() if norm == "max" else (gap * rows).sum() / rows.sum())
-
-    def reliability(self, scheme: str = "width") -> Bins:
-        """Confidence against accuracy in bins of equal ``"width"``, or of equal ``"mass"``: as many rows in each, where
-        rows of one cell, which log-odds within 0.02 make alike, are divided evenly between the bins they fall into."""
-        require(scheme in SCHEMES, "scheme", scheme, f"one of {SCHEMES}")
-        n = self.bins.shape[1]
-        edges = torch.linspace(0, 1, n + 1, dtype=torch.float64)
-        if scheme == "width":
-            sums = self.bins.double().cpu()
-        else:
-            held = self.cells[:, self.cells[0] > 0].double().cpu()
-            below = torch.nn.functional.pad(held.cumsum(1), (1, 0))
-            at = edges * below[0, -1]
-            upto = torch.stack([_interpolated(at, below[0], line) for line in below])
-            sums = upto.diff(dim=1)
-            odds = torch.nn.functional.pad(self.cells[0].cpu().double().cumsum(0), (1, 0))
-            cell_edges = ((torch.arange(_CELLS + 1, dtype=torch.float64) / _CELLS * 2 - 1) * _REACH).sigmoid()
-            cell_edges[0], cell_edges[-1] = 0, 1
-            edges = cell_edges[torch.searchsorted(odds, at.clamp_max(float(odds[-1]))).clamp_max(_CELLS)]
-        return Bins(edges[:-1], edges[1:], sums[0], sums[1] / _UNIT / sums[0], sums[2] / sums[0])
-
-
-def _interpolated(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The piecewise linear function through (x, y), x increasing, at points within."""
-    if len(x) < 2:
-        return torch.zeros_like(at)
-    i = torch.searchsorted(x, at).clamp(1, len(x) - 1)
-    return torch.lerp(y[i - 1], y[i], (at - x[i - 1]) / (x[i] - x[i - 1]))
-
-
-def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: int = -100) -> Calibration:
-    """The sums over the rows of a call, from its statistics: on their device, without a synchronisation with a GPU.
-
-    Args:
-        stats: of :func:`labelsmooth_kernels.cross_entropy` or ``linear_cross_entropy`` with ``return_stats=True``;
-            with ``"all"`` the Brier score is counted too.
-        target: the class indices of that call, of the shape of the statistics.
-        bins: of equal width between 0 and 1. Bins are closed below and the last one above as well, so that a confidence
-            of exactly 1 counts like one of 0.9999.
-        ignore_index: rows with this target do not count.
-
-    Raises:
-        ArgumentError: a target that is not of class indices or of another shape; no bin; on the CPU also a confidence
-            outside [0, 1], which no softmax has, and a negative target that is not ``ignore_index``.
-    """
-    require(isinstance(stats, RowStats), "stats", stats, "RowStats, of return_stats=True")
-    require(isinstance(bins, int) and not isinstance(bins, bool) and bins > 0, "bins", bins, "an int > 0")
-    require(isinstance(ignore_index, int), "ignore_index", ignore_index, "an int")
-    good = isinstance(target, Tensor) and target.dtype in INDEX_DTYPES and target.shape == stats.nll.shape
-    require(good, "target", target, f"class indices of the shape {tuple(stats.nll.shape)} of the statistics")
-    counted = (target != ignore_index).reshape(-1)
-    confidence, nll = stats.confidence.reshape(-1), stats.nll.reshape(-1)
-    if readable(confidence):
-        outside = counted & ~((confidence >= 0) & (confidence <= 1) | confidence.isnan())
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ArgumentError(f"stats.confidence must be from 0 to 1, got {float(confidence[row])} in row {row}")
-        least = int(target.amin()) if target.numel() else 0
-        if least < 0 and (counted & (target.reshape(-1) < 0)).any():
-            raise ArgumentError(f"target must be >= 0 or ignore_index={ignore_index}, got {least}")
-    right = counted & (stats.prediction == target).reshape(-1)
-    known = torch.where(counted, confidence, 0.0).nan_to_num(0.0)  # a NaN is told by its nll
-    sums = torch.stack((counted.long(), (known.double() * _UNIT).round().long(), right.long()))
-    edges = torch.linspace(0, 1, bins + 1, dtype=known.dtype, device=known.device)
-    width = torch.bucketize(known, edges[1:-1].contiguous(), right=True)
-    odds = known.double().logit()
-    cell = ((odds / _REACH + 1) / 2 * _CELLS).clamp(0, _CELLS - 1).long()
-    brier = torch.full_like(nll, math.nan)
-    if stats.collision is not None:
-        brier = stats.collision.reshape(-1) - 2 * (-nll).exp() + 1
-    scores = torch.stack([torch.where(counted, score, 0.0).double().sum() for score in (nll, brier)])
-    scores = torch.where(confidence.isnan().logical_and(counted).any(), math.nan, scores)
-    return Calibration(
-        scores, *(sums.new_zeros(3, n).index_add_(1, i, sums) for n, i in ((bins, width), (_CELLS, cell)))
-    )
-
-
-@takes([*PASSED_ON, _OPTIONS["logit_scale"], _OPTIONS["softcap"]])
+@takes([*PASSED_ON, *_SCALES])
 def evaluate(
-    input: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
+    input: Batches,
+    target: Tensor | Sequence[Tensor] | None = None,
     linear_weight: Tensor | None = None,
     *,
     bins: int = 15,
@@ -239,8 +84,9 @@ def evaluate(
 
     Args:
         input: logits as in ``cross_entropy``; or hidden states (..., D), with ``linear_weight`` (K, D); one tensor, or
-            a sequence of batches.
-        target: class indices, one tensor or a sequence of as many.
+            a list or tuple of batches; or an iterable of pairs (logits or hidden states, class indices), such as a
+            DataLoader, which is iterated once and of which one batch is held at a time.
+        target: class indices, one tensor or a list or tuple of as many; left out where ``input`` gives pairs.
         options: of ``cross_entropy`` (``class_dim``, ``logit_scale``, ``softcap``, ``backend``) or of
             ``linear_cross_entropy`` (``linear_bias`` and ``chunk_rows`` too).
     """
@@ -254,24 +100,70 @@ def evaluate(
     return total
 
 
-def _batches(input: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+@takes([*PASSED_ON[:-1], *_SCALES])
+@torch.no_grad()
+def evaluate_classwise(
+    input: Batches,
+    target: Tensor | Sequence[Tensor] | None = None,
+    linear_weight: Tensor | None = None,
+    *,
+    bins: int = 15,
+    ignore_index: int = -100,
+    **options: Unpack[ClasswiseOptions],
+) -> Classwise:
+    """Return the class-wise calibration, a :class:`Classwise`, of logits or of a linear head; formula: see the module.
+
+    Arguments are those of :func:`evaluate`, but ``backend``: probabilities are made by PyTorch's softmax, in float32 or
+    for float64 logits in float64, a chunk of rows at a time. Beside a chunk, 24·K·bins bytes of sums are kept, whatever
+    the number of rows is.
+
+    Raises:
+        ArgumentError: as ``cross_entropy``, and for a target of probabilities; no bin; no batch.
+        IndexError: a target outside [0, K) on the CPU; on a GPU it makes every number NaN.
+    """
+    of_head = ("linear_bias", "chunk_rows")
+    _check_options(options, {"logit_scale", "softcap", *(("class_dim",) if linear_weight is None else of_head)})
+    head: dict[str, Any] = {name: options.get(name) for name in of_head}
+    scales: dict[str, Any] = {name: value for name, value in options.items() if name not in of_head}
+    found = []
+    for x, y in _batches(input, target):
+        place = scales if linear_weight is None else scales | {"class_dim": x.dim() - 1}
+        found.append(count(x, y, linear_weight, LossSpec(ignore_index=ignore_index, **place), bins, **head))
+        found = [sum(found[1:], found[0])]  # the sums of one batch may be large: K·bins
+    require(len(found) > 0, "input", input, "at least one batch")
+    return found[0]
+
+
+def _batches(input: Batches, target: Tensor | Sequence[Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
+    if target is None:
+        good = isinstance(input, Iterable) and not isinstance(input, Tensor)
+        require(good, "target", target, "given, unless input is an iterable of pairs (logits or hidden states, target)")
+        for batch in input:
+            if not isinstance(batch, list | tuple) or [isinstance(t, Tensor) for t in batch] != [True, True]:
+                kind = type(batch).__name__
+                raise ArgumentError(f"input must give pairs of tensors, a batch and its target, got a {kind} in it")
+            yield batch[0], batch[1]
+        return
     inputs = (input,) if isinstance(input, Tensor) else input
     targets = (target,) if isinstance(target, Tensor) else target
     for name, value in (("input", inputs), ("target", targets)):
         require(isinstance(value, list | tuple), name, value, "a tensor, or a list or tuple of batches")
-    if len(inputs) != len(targets):
-        raise ArgumentError(f"target must have as many batches as input, got {len(targets)} and {len(inputs)}")
-    return zip(inputs, targets, strict=True)
+    if len(inputs) != len(targets):  # type: ignore[arg-type]
+        raise ArgumentError(f"target must have as many batches as input, got {len(targets)} and {len(inputs)}")  # type: ignore[arg-type]
+    yield from zip(inputs, targets, strict=True)
+
+
+def _check_options(options: Mapping[str, object], known: set[str]) -> None:
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"{unknown[0]} is no option here: {', '.join(sorted(known))} are")
 
 
 @torch.no_grad()
 def _statistics(
     input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: Mapping[str, Any]
 ) -> RowStats:
-    placed = {"class_dim"} if linear_weight is None else {"linear_bias", "chunk_rows"}
-    known = {"logit_scale", "softcap", "backend"} | placed
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(f"{unknown[0]} is no option here: {', '.join(sorted(known))} are")
+    of_input = ("class_dim",) if linear_weight is None else ("linear_bias", "chunk_rows")
+    _check_options(options, {"logit_scale", "softcap", "backend", *of_input})
     shared: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "return_stats": "all", **options}
     stats: RowStats
     if linear_weight is None:
@@ -296,8 +188,8 @@ class Temperature(NamedTuple):
 
 @takes(PASSED_ON)
 def fit_temperature(
-    input: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
+    input: Batches,
+    target: Tensor | Sequence[Tensor] | None = None,
     linear_weight: Tensor | None = None,
     *,
     bins: int = 15,
@@ -309,13 +201,16 @@ def fit_temperature(
     """The temperature T that minimises the mean -log softmax(z/T)_y over a validation set, by Newton's method.
 
     Arguments are those of :func:`evaluate`, without ``logit_scale`` and ``softcap``; each step is one pass over the
-    logits, or over the chunks of a head's, of which three numbers per row are kept. Ends when a step changes T by less
+    logits, or over the chunks of a head's, of which sums are kept. An iterable of batches is iterated once for each
+    step (some 5 to 12), one batch at a time: a DataLoader serves, which must give the same rows each time, in any order
+    and without augmentation; a generator, which is gone after one pass, is refused. Ends when a step changes T by less
     than ``tolerance`` (relative).
 
     Raises:
         ArgumentError: where no T is best: every row has its largest logit at the target (T → 0), or the logits do not
             favour the targets at all (T → ∞); where there is no row; where a target has probability 0 or a logit is
-            NaN; where ``max_steps`` do not suffice.
+            NaN; where ``max_steps`` do not suffice; an iterator, or an iterable that gives fewer or more rows in a
+            later pass.
 
     Source: Guo et al. 2017; the derivatives are those of this module's head.
     """
@@ -323,16 +218,21 @@ def fit_temperature(
         require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
     require(isinstance(tolerance, float) and 0 < tolerance < 1, "tolerance", tolerance, "a float between 0 and 1")
     require(isinstance(max_steps, int) and max_steps > 0, "max_steps", max_steps, "an int > 0")
+    if isinstance(input, Iterator):
+        kind = type(input).__name__
+        raise ArgumentError(f"input must be iterable once for each step, as a list or a DataLoader, got a {kind}")
     beta, low, high, spread = 1.0, 0.0, math.inf, 0.0
     before: Calibration | None = None
     for step in range(1, max_steps + 1):
         (nll, entropy, variance), found = _at_scale(beta, input, target, linear_weight, bins, ignore_index, options)
         if before is None:
             before = found
-            require(found.rows > 0, "target", target, "of one row at least that is not ignored")
+            require(found.rows > 0, "target", found.rows, "of one row at least that is not ignored")
             require(math.isfinite(nll), "input", nll, "logits with a finite mean loss")
             if found.accuracy == 1:
                 raise ArgumentError("input must be wrong in some row: every row is right, and surer still as T -> 0")
+        same = found.rows == before.rows
+        require(same, "input", found.rows, f"the same {before.rows} rows in each pass")
         slope = nll - entropy
         if abs(slope) <= tolerance * variance or high < low * (1 + tolerance):
             return Temperature(1 / beta, before, found, step)
@@ -348,8 +248,8 @@ def fit_temperature(
 
 def _at_scale(
     beta: float,
-    input: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
+    input: Batches,
+    target: Tensor | Sequence[Tensor] | None,
     linear_weight: Tensor | None,
     bins: int,
     ignore_index: int,

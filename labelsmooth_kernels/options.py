@@ -96,8 +96,17 @@ class EvaluationOptions(TypedDict, total=False):
     chunk_rows: int | None
 
 
-class ScaledEvaluationOptions(EvaluationOptions, total=False):
-    """Add what ``calibration.evaluate`` passes on besides."""
+class ClasswiseOptions(TypedDict, total=False):
+    """Hold what ``calibration.evaluate_classwise`` passes on."""
 
+    class_dim: int
+    linear_bias: Tensor | None
+    chunk_rows: int | None
     logit_scale: float
     softcap: float | None
+
+
+class ScaledEvaluationOptions(ClasswiseOptions, total=False):
+    """Hold what ``calibration.evaluate`` passes on."""
+
+    backend: str | None

@@ -44,6 +44,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "LinearCrossEntropyLoss": (lsk.LinearCrossEntropyLoss.__init__, ALL - PER_BATCH - {"inplace"}),
     "distillation_loss": (distillation_loss, ALL & options.DistillationOptions.__annotations__.keys()),
     "evaluate": (lsk.calibration.evaluate, EVALUATED | {"logit_scale", "softcap"}),
+    "evaluate_classwise": (lsk.calibration.evaluate_classwise, EVALUATED - {"backend"} | {"logit_scale", "softcap"}),
     "fit_temperature": (lsk.calibration.fit_temperature, EVALUATED),
     "compare": (lsk.smoothing.compare, EVALUATED),
 }
