@@ -42,7 +42,7 @@ class Backend:
 
     name: str
     summary: str
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] | None  # None: all of them
     dtypes: tuple[torch.dtype, ...]
     features: frozenset[str] | None  # None: all of them
     load: Callable[[], str | None]
@@ -56,7 +56,7 @@ class Backend:
     def why_not(self, device: str, dtype: torch.dtype, features: frozenset[str]) -> list[str]:
         """The reasons why this backend cannot serve a call; empty when it can."""
         reasons = []
-        if device not in self.devices:
+        if self.devices is not None and device not in self.devices:
             reasons.append(f"it serves {' and '.join(self.devices)} tensors, not {device}")
         if dtype not in self.dtypes:
             reasons.append(f"it does not serve {dtype}")
@@ -175,9 +175,7 @@ BACKENDS = {
             _load_triton,
             ops.define("triton"),
         ),
-        Backend(
-            "reference", "plain PyTorch", ("cpu", "cuda", "mps", "xpu", "meta"), FLOAT_DTYPES, None, lambda: None, None
-        ),
+        Backend("reference", "plain PyTorch", None, FLOAT_DTYPES, None, lambda: None, None),
     )
 }
 
@@ -207,16 +205,15 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
         return named
     refused = []
     for backend in BACKENDS.values():
-        if backend.devices[0] != device and backend.name != "reference":
+        if backend.devices is not None and backend.devices[0] != device:
             continue  # the interpreter serves CPU tensors only where it is named
         reasons = backend.why_not(device, dtype, features)
-        if reasons:
-            refused.append(f"{backend.name}: {'; '.join(reasons)}")
-            continue
-        if backend.name == "reference" and refused:
-            _warn_once(f"labelsmooth_kernels: served by the plain PyTorch reference ({' | '.join(refused)})")
-        return backend.name
-    raise ArgumentError(f"input must be on one of the devices {BACKENDS['reference'].devices}, got {device!r}")
+        if not reasons:
+            break
+        refused.append(f"{backend.name}: {'; '.join(reasons)}")
+    if backend.devices is None and refused:
+        _warn_once(f"labelsmooth_kernels: served by the plain PyTorch {backend.name} ({' | '.join(refused)})")
+    return backend.name  # the last of them, the reference, has no reasons against any call
 
 
 @constant_in_graphs  # torch.compile asks once, while tracing

@@ -120,7 +120,7 @@ def report(strict: bool = False) -> bool:
         if reason := backend.unavailable():
             print(f"  missing    {reason}")
             continue
-        for device in [d for d in ("cpu", "cuda") if d in backend.devices]:
+        for device in [d for d in ("cpu", "cuda") if backend.devices is None or d in backend.devices]:
             if device == "cuda" and not torch.cuda.is_available():
                 continue
             try:

@@ -256,15 +256,15 @@ def check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
         if value is None:
             continue
         check_same_device(name, value, input)
-        if value.dtype not in FLOAT_DTYPES or (value.dtype != input.dtype and not _autocasts(input)):
+        if value.dtype not in FLOAT_DTYPES or (value.dtype != input.dtype and not autocasts(input)):
             raise ArgumentError(f"{name} must have the dtype of input, {input.dtype}, or autocast; got {value.dtype}")
     if linear_bias is not None and linear_bias.shape != shape[:-1]:
         raise ArgumentError(f"linear_bias must have shape {tuple(shape[:-1])}, got {tuple(linear_bias.shape)}")
 
 
-def _autocasts(input: Tensor) -> bool:
-    kind = input.device.type  # of which "meta" has no autocast
-    return kind != "meta" and input.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+def autocasts(input: Tensor) -> bool:
+    kind = input.device.type  # asked of one without autocast, such as "meta", is_autocast_enabled raises
+    return input.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _prepare_linear(
@@ -273,7 +273,7 @@ def _prepare_linear(
     """Check the target and the options against the operands; the call as rows."""
     shape = input.shape[:-1] + linear_weight.shape[1:-1]
     logits_shape = input.shape[:-1] + linear_weight.shape[:-1]
-    dtype = torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
+    dtype = torch.get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
     stand_in = input.detach().new_empty(1, dtype=dtype).expand(logits_shape)
     positions = math.prod(linear_weight.shape[1:-1])
     if isinstance(target, Tensor):

@@ -20,7 +20,7 @@ from . import backends
 from .arguments import check_names, options_of, plain_int, takes
 from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
-from .linear import HEAD_PARAMETERS, LinearSpec, check_operands, head_options
+from .linear import HEAD_PARAMETERS, LinearSpec, autocasts, check_operands, head_options
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
@@ -275,10 +275,8 @@ def _backend(rows: Rows) -> backends.Backend:
 
 def _stand_in(input: Tensor, linear_weight: Tensor, ranks: int) -> Tensor:
     """Logits of the right shape and dtype that take no memory."""
-    kind = input.device.type
-    cast = input.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     rows = (input.shape[0] * ranks, *input.shape[1:-1]) if input.dim() > 1 else ()
-    dtype = torch.get_autocast_dtype(kind) if cast else input.dtype
+    dtype = torch.get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
     return input.detach().new_empty(1, dtype=dtype).expand(*rows, len(linear_weight))
 
 

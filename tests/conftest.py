@@ -149,9 +149,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def places() -> list[tuple[str, str]]:
     """(backend, device) for every device of this machine that a backend serves; "cuda" is not asked of one without."""
     here = ("cpu", "cuda") if HAS_CUDA else ("cpu",)
-    return [
-        (name, device) for name, backend in backends.BACKENDS.items() for device in here if device in backend.devices
-    ]
+    every = ((name, device, backend.devices) for name, backend in backends.BACKENDS.items() for device in here)
+    return [(name, device) for name, device, served in every if served is None or device in served]
 
 
 def skip_unless_available(name: str) -> None:
