@@ -7,7 +7,7 @@ import functools
 import inspect
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,20 @@ def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> fro
     return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
 
 
+def not_scriptable(*_: object) -> NoReturn:
+    """Raise the error of ``torch.jit.script``, which asks what it is to compile for its ``__prepare_scriptable__``."""
+    raise RuntimeError(
+        "labelsmooth_kernels cannot be compiled by torch.jit.script: use torch.compile or torch.export, or "
+        "torch.jit.trace, which records the loss as plain operations of PyTorch"
+    )
+
+
+def unscriptable(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let ``torch.jit.script`` say what to use instead, where it would complain about the function's signature."""
+    function.__prepare_scriptable__ = not_scriptable  # type: ignore[attr-defined]
+    return function
+
+
 def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option; for
     the names in ``more`` it has an error of its own."""
@@ -62,7 +76,7 @@ def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, 
                 check_names(name, kwargs, options)
             return function(*args, **kwargs)
 
-        return run
+        return unscriptable(run)
 
     return mark
 

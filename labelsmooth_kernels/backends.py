@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .spec import FLOAT_DTYPES, ArgumentError, Rows, constant_in_graphs
+from .spec import FLOAT_DTYPES, ArgumentError, Rows, constant_in_graphs, recorded, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,10 @@ EVERY_OPTION = frozenset(
 )  # fmt: skip
 LEAST_CAPABILITY = {"triton": (8, 0), "cuda": (7, 5)}
 """The oldest GPUs that the kernels are checked on."""
+_RECORDED = (
+    "'reference' or None under torch.jit.trace, which records plain operations of PyTorch (torch.compile and "
+    "torch.export take the kernels)"
+)
 TILED = frozenset({"tiled head"})
 _LOADING = threading.RLock()  # ops may be registered once only, and functools.cache lets two threads in
 
@@ -227,6 +231,11 @@ def select(rows: Rows, more: frozenset[str] = frozenset()) -> Backend:
 
     A fall from a fast backend to the reference warns once, with the reason.
     """
+    if recorded():
+        named = rows.spec.backend
+        check_name(named)
+        require(named in (None, "reference"), "backend", named, _RECORDED)
+        return BACKENDS["reference"]
     features = rows.spec.features(index_target=rows.index_target) | more
     name: str = _choose_name(rows.logits.device.type, rows.logits.dtype, features, rows.spec.backend)
     return BACKENDS[name]

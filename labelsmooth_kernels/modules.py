@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from . import backends
-from .arguments import checks_names, takes
+from .arguments import checks_names, not_scriptable, takes
 from .functional import apply_spec
 from .linear import HEAD_PARAMETERS, LinearSpec, head_options, linear_cross_entropy, options_not_tiled
 from .smoothing import Schedule
@@ -123,6 +123,8 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
                 self.register_buffer(name, value, persistent=name == "weight")
             else:
                 setattr(self, name, value)
+
+    __prepare_scriptable__ = not_scriptable
 
     def _options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _DEFAULTS}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import backends
-from .arguments import check_names, options_of, plain_int, takes
+from .arguments import check_names, options_of, plain_int, takes, unscriptable
 from .autograd import CARRIED
 from .functional import is_dtensor, prepare, shaped
 from .linear import HEAD_PARAMETERS, LinearSpec, autocasts, check_operands, head_options
@@ -55,6 +55,7 @@ def cross_entropy(
     return_stats: bool | str, **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
 @takes(LOSS_PARAMETERS)
+@unscriptable
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -119,6 +120,7 @@ def linear_cross_entropy(
     ignore_index: int = -100, return_stats: bool | str, **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]: ...  # fmt: skip
 @takes(HEAD_PARAMETERS)
+@unscriptable
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

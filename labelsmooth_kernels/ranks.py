@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fusing import fused, fuses
 from .shards import Found, Layout, Whole, merge, packed
-from .spec import ArgumentError, Rows, check_index_targets, check_prior_mass, outside_graphs
+from .spec import ArgumentError, Rows, check_index_targets, check_prior_mass, outside_graphs, recorded
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""
@@ -116,6 +116,8 @@ class told:  # noqa: N801  # with told(group, input):
     """An error that a rank finds in its own arguments is every rank's: the others would wait for it."""
 
     def __init__(self, group: Any, input: object) -> None:
+        if recorded():  # which has no place for a process group, not even to tell the others
+            raise NotImplementedError("torch.jit.trace is not served where classes are sharded: use torch.compile")
         self.group, self.input = group, input
 
     def __enter__(self) -> None:

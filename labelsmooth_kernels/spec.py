@@ -91,6 +91,11 @@ def nested_forward_mode() -> bool:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 
 
+def recorded() -> bool:
+    """Whether torch.jit.trace, or an exporter that uses it, records what is computed."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def traced() -> bool:
     """Whether the values of a tensor cannot be looked at: under torch.compile, torch.export and torch.func."""
     return torch.compiler.is_compiling() or transformed()
@@ -99,7 +104,7 @@ def traced() -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether the gate may read the values of an argument: they exist, outside of tracing and fake tensors, and reading
     them does not synchronise, or :data:`CHECK_TARGETS` asks for it."""
-    if traced() or torch._C._get_tracing_state() is not None:
+    if traced() or recorded():
         return False
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
