@@ -229,7 +229,8 @@ def select(rows: Rows, more: frozenset[str] = frozenset()) -> Backend:
     """The best backend that can serve a call, which may ask for ``more`` than the features of its spec, or the one it
     names; where that cannot, an error that says why.
 
-    A fall from a fast backend to the reference warns once, with the reason.
+    A fall from a fast backend to the reference warns once, with the reason. Under torch.jit.trace it is the reference:
+    the tracer cannot record the autograd.Functions of the kernels.
     """
     if recorded():
         named = rows.spec.backend
