@@ -64,6 +64,11 @@ def _sharded(call: Mapping[str, Any]) -> int:
     return (1 + gradients) * _product(rows, call["linear_weight"])
 
 
+def _distill(call: Mapping[str, Any]) -> int:
+    """The logits of a teacher's head, in every pass."""
+    return 0 if call["teacher_weight"] is None else _product(len(call["teacher"]), call["teacher_weight"])
+
+
 FORMULAS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "chunked_forward": _chunked,
     "chunked_backward": _chunked,
@@ -71,6 +76,7 @@ FORMULAS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "tiled_backward": _tiled_backward,
     "sharded_linear_forward": _sharded,
     "sharded_linear_backward": _sharded,
+    "distill": _distill,
 }
 """The operators that hold GEMMs, with the count of a call given by the names of the operator's arguments."""
 
@@ -87,7 +93,8 @@ def _register(counter: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Registers the formulas once somebody imports the counter, which takes Triton's compiler along if there is one."""
+    """Registers the formulas when the counter is imported: not before, for it imports Triton, nor in a call, for a
+    counter copies the registry when it is made."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
