@@ -19,7 +19,7 @@ struct Column {
     if (data == nullptr) return V(fallback);
     return wide ? V(reinterpret_cast<double*>(data)[i * stride]) : V(reinterpret_cast<float*>(data)[i * stride]);
   }
-  double operator[](int64_t i) const { return get<double>(i); }
+  LSK_MEMBER double operator[](int64_t i) const { return get<double>(i); }
   template <class V>
   LSK_MEMBER void set(int64_t i, V value) const {
     if (data == nullptr) return;
@@ -67,11 +67,15 @@ struct Call {
   LSK_MEMBER bool valid(int64_t row) const {
     return target == nullptr || ignored(row) || (target[row] >= 0 && target[row] < k);
   }
-  double factor() const { return wide ? logit_scale : float(logit_scale); }  // the scale in the arithmetic
+  LSK_MEMBER double factor() const { return wide ? logit_scale : float(logit_scale); }  // the scale in the arithmetic
   // The CPU's kernels of the logits as they lie know a positive factor.
-  bool transforms() const { return softcap != 0 || !(factor() > 0); }
+  LSK_MEMBER bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The CPU's kernels of the logits' own dtype suffice.
-  bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
+  LSK_MEMBER bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
+  // Of few classes, a block of whole rows stays in the first-level cache, lane by lane.
+  LSK_MEMBER bool few() const {
+    return target != nullptr && !finite && !spreads() && softcap == 0 && k <= (logits.class_stride == 1 ? 64 : 256);
+  }
   // The sums of Spread are asked for.
   LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }
   // More than an index target and a scale: for the kernels of a GPU.

@@ -7,7 +7,7 @@
 
 #pragma GCC target("avx2,fma,f16c")
 #define LSK_SIMD_BYTES 32
-#include "cpu_general.h"
+#include "cpu_table.h"
 
 const lsk::Kernels* lsk::avx2_kernels() { return &kTable; }
 #endif

@@ -7,7 +7,7 @@
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define LSK_SIMD_BYTES 64
-#include "cpu_general.h"
+#include "cpu_table.h"
 
 const lsk::Kernels* lsk::avx512_kernels() { return &kTable; }
 #endif

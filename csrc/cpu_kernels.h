@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "row_math.h"
+#include "call.h"
 
 namespace lsk {
 
@@ -44,6 +44,15 @@ struct RowKernels {
   void (*scatter)(void* x, const Tile& tile, void* rows, int64_t pitch);
 };
 
+// A block of rows of few classes: class k of row `row` + r, in the dtype of the arithmetic and transformed, is
+// z[k·pitch + r]. Rows are padded up to a multiple of 16.
+struct FewRows {
+  void* z;
+  int64_t pitch, row, rows;
+  Weights<double> whole;  // the row weights of ε = 1
+  double rest_mass;       // Σ r
+};
+
 // Kernels on n adjacent elements in the dtype of the arithmetic; r, t and `masked` as above.
 struct BlockKernels {
   // z = cap(scale·x), and the slope cap' where it is not null; no cap where `cap` is 0. z may be x.
@@ -56,6 +65,9 @@ struct BlockKernels {
   void (*target_gradient)(const void* x, const void* q, void* g, int64_t n, const GradientRow& row);
   // x·y, which may be x
   void (*multiply)(const void* x, const void* y, void* product, int64_t n);
+  // Of a call with index targets: stores what Call::store does, and puts the gradient of stored rows in the place of z.
+  void (*few_stats)(const Call& call, const FewRows& block);
+  void (*few_gradient)(const Call& call, const FewRows& block);
 };
 
 // A row's gradient is soft·(p_T - t_T) + hard·(mass·p - q), with p_T and t_T the student's and the teacher's

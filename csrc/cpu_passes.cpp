@@ -284,6 +284,7 @@ at::Tensor in_large_pages(at::Tensor fresh) {
 }
 
 void run_forward(const Call& call) {
+  if (call.few()) return run_few(call, true);
   const Plan plan(call);
   if (plan.split()) {
     std::vector<Stats<double>> parts(call.n * plan.blocks);
@@ -315,6 +316,7 @@ void run_forward(const Call& call) {
 }
 
 void run_backward(const Call& call) {
+  if (call.few()) return run_few(call, false);
   const Plan plan(call);
   if (plan.split()) return for_pieces(plan, [](Worker& worker, const Piece& p, int64_t) { worker.gradients(p); });
   for_tiles(plan, false, [&](Worker& worker, int64_t tile) {

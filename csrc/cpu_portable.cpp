@@ -5,6 +5,6 @@
 #include <stdint.h>
 
 #define LSK_SIMD_BYTES 16
-#include "cpu_general.h"
+#include "cpu_table.h"
 
 const lsk::Kernels* lsk::portable_kernels() { return &kTable; }

@@ -39,7 +39,7 @@ LSK_INLINE Weights<V> weights(V e, V n, bool others) {
 // A weight of exactly 0 switches its term off: 0·(-inf) must not be NaN.
 template <class V>
 LSK_INLINE V weighted(V weight, V x) {
-  return weight == 0 ? V(0) : weight * x;
+  return weight == 0 ? V{} : weight * x;
 }
 
 // Σ v and Σ v·(z - shift) over the classes of a piece of a row.
@@ -72,7 +72,7 @@ LSK_INLINE Stats<V> no_stats() {
 // A piece whose logits are all -inf is summed about 0: (-inf) - (-inf) would make a NaN of weights that are simply 0.
 template <class V>
 LSK_INLINE V origin(V max) {
-  return max == -V(INFINITY) ? V(0) : max;
+  return max == -INFINITY ? V{} : max;
 }
 
 // The sum of an all -inf piece is 0, or a NaN that hides there: the same at any scale.

@@ -1,0 +1,154 @@
+// Rows of few classes: a lane is a row, so that no vector is mostly padding and the logarithm of a row, its loss and
+// its weights are vectors too. A block of rows lies class by class in the first-level cache.
+#pragma once
+
+#include "cpu_general.h"
+
+namespace lsk {
+namespace {
+
+// log(1 + t) for t >= 0, and -inf for t = -1; 2 ulp, relative, which 1 + t would lose where t is small.
+//
+// 1 + t = 2^n·(1 + f) with 1 + f in [sqrt ½, sqrt 2), log(1 + f) = 2·artanh s with s = f / (2 + f): the series ends
+// where its next term is 4e-9 of the sum. What 1 + t was rounded by goes into f.
+LSK_INLINE Vec<float> log_one_plus(Vec<float> t) {
+  using S = Signed<float>;
+  const Vec<float> u = 1 + t;
+  const S n = ((S)u - 0x3f3504f3) >> 23;
+  const Vec<float> m = (Vec<float>)((S)u - (n << 23)), down = (Vec<float>)((127 - n) << 23);
+  const Vec<float> s = ((m - 1) + (t - (u - 1)) * down) / (1 + m), q = s * s;
+  const Vec<float> series = q * (2.f / 3 + q * (2.f / 5 + q * (2.f / 7 + q * (2.f / 9))));
+  const Vec<float> doublings = __builtin_convertvector(n, Vec<float>);
+  const Vec<float> log = doublings * 0x1.63p-1f + (2 * s + (s * series - doublings * 0x1.bd0106p-13f));
+  return u == 0 ? splat<float>(-INFINITY) : log;
+}
+LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {
+  for (int l = 0; l < kWidth<double>; ++l) t[l] = log1p(t[l]);
+  return t;
+}
+
+// Numbers of n <= kWidth rows, which lie behind each other, or of which there is one for all.
+template <class T>
+LSK_INLINE Vec<T> of_rows(const Column& column, int64_t row, int64_t n) {
+  if (!column) return splat<T>(T(column.fallback));
+  const T* p = reinterpret_cast<const T*>(column.data);
+  return column.stride == 0 ? splat<T>(p[0]) : pick(p + row, 1, n);
+}
+
+template <class T>
+LSK_INLINE void set_rows(const Column& column, int64_t row, int64_t n, Vec<T> values) {
+  if (column) place(reinterpret_cast<T*>(column.data) + row, 1, n, values);
+}
+
+// The targets of n rows: -1 where they are ignored; their weights w and r, and those of every row, a and b.
+template <class T>
+struct Targets {
+  Signed<T> y;
+  Vec<T> weight = splat<T>(1), rest = splat<T>(1);
+  Weights<Vec<T>> w;
+
+  Targets(const Call& call, Weights<double> whole, int64_t row, int64_t n) {
+    typename Lanes<T>::Signed class_of[kWidth<T>];
+    for (int l = 0; l < kWidth<T>; ++l) class_of[l] = l < n && !call.ignored(row + l) ? call.target[row + l] : -1;
+    __builtin_memcpy(&y, class_of, sizeof y);
+    if (call.weight) weight = of_classes(call.weight, class_of);
+    if (call.rest) rest = of_classes(call.rest, class_of);
+    const Vec<T> eps = of_rows<T>(call.eps, row, n);
+    w = {1 - eps * T(1 - whole.a), eps * T(whole.b)};  // both are linear in ε
+  }
+
+ private:
+  static Vec<T> of_classes(const Column& column, const typename Lanes<T>::Signed* classes) {
+    T lanes[kWidth<T>];
+    for (int l = 0; l < kWidth<T>; ++l) lanes[l] = classes[l] < 0 ? T(0) : column.get<T>(classes[l]);
+    return widen(lanes);
+  }
+};
+
+// Sums over the classes of a vector of rows, whose logits lie `pitch` apart. As in Sums, the terms of the maximum are
+// counted and not added.
+template <class T>
+struct Columns {
+  Stats<Vec<T>> stats = {};
+  Vec<T> shift, beyond;  // origin(max); Σ exp(z - shift) - 1
+
+  Columns(const T* z, const FewRows& block, const T* rest, const Targets<T>& target, int64_t k) {
+    Vec<T> top = splat<T>(-INFINITY), exps = {}, tops = {}, dev = {}, hot = {};
+    for (int64_t c = 0; c < k; ++c) top = larger(widen(z + c * block.pitch), top);
+    shift = origin(top);
+    for (int64_t c = 0; c < k; ++c) {
+      const Vec<T> x = widen(z + c * block.pitch), d = x - shift;
+      const auto other = x != shift;
+      exps += exp_nonpositive(d, (Signed<T>)other);
+      tops = other ? tops : tops + 1;
+      const T share = rest == nullptr ? 1 : rest[c];
+      if (share != 0) dev += share * d;
+      hot = target.y == typename Lanes<T>::Signed(c) ? d : hot;
+    }
+    stats.max = top;
+    stats.rest.dev = dev;
+    stats.wt.dev = weighted(target.weight, hot);
+    stats.t.dev = hot;
+    beyond = (tops - 1) + exps;
+  }
+};
+
+// The first class of the maximum; the last one in a row of NaNs.
+template <class T>
+LSK_INLINE void predict(const T* z, int64_t pitch, int64_t k, Vec<T> top, int64_t n, int64_t* prediction) {
+  Signed<T> best = {};
+  for (int64_t c = k - 1; c >= 0; --c) {
+    const auto index = Signed<T>{} + typename Lanes<T>::Signed(c);
+    best = c == k - 1 || widen(z + c * pitch) == top ? index : best;
+  }
+  for (int64_t l = 0; l < n; ++l) prediction[l] = best[l];
+}
+
+template <class T>
+void few_stats(const Call& call, const FewRows& block) {
+  const T *z = static_cast<const T*>(block.z), *rest = reinterpret_cast<const T*>(call.rest.data);
+  const Vec<T> covered = splat<T>(call.prior ? 1 : call.k), none = {};
+  for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
+    const int64_t row = block.row + r, n = block.rows - r;
+    const Targets<T> target(call, block.whole, row, n);
+    const Columns<T> sums(z + r, block, rest, target, call.k);
+    const Vec<T> logsum = log_one_plus(sums.beyond), top = sums.stats.max, one = splat<T>(1);
+    const Weights<Vec<T>> w = target.w;
+    const Vec<T> mass = rest == nullptr ? one : w.a * target.weight + w.b * T(block.rest_mass);
+    const auto out = target.y < 0, unread = call.prediction == nullptr ? out : out & 0;
+    set_rows<T>(call.zmax, row, n, unread ? none : top);
+    set_rows<T>(call.logsum, row, n, unread ? none : logsum);
+    set_rows<T>(call.mass, row, n, unread ? none : mass);
+    set_rows<T>(call.count, row, n, unread ? none : covered);
+    const Vec<T> loss = row_loss(mass, logsum, w, sums.stats, splat<T>(call.z_loss));
+    set_rows<T>(call.loss, row, n, out ? none : loss);
+    set_rows<T>(call.nll, row, n, out ? none : logsum - sums.stats.t.dev);
+    if (call.prediction != nullptr)
+      predict(z + r, block.pitch, call.k, top, n < kWidth<T> ? n : kWidth<T>, call.prediction + row);
+  }
+}
+
+template <class T>
+void few_gradient(const Call& call, const FewRows& block) {
+  T* z = static_cast<T*>(block.z);
+  const T* rest = reinterpret_cast<const T*>(call.rest.data);
+  for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
+    const int64_t row = block.row + r, n = block.rows - r;
+    const Targets<T> target(call, block.whole, row, n);
+    const Vec<T> zmax = of_rows<T>(call.zmax, row, n), logsum = of_rows<T>(call.logsum, row, n),
+                 mass = of_rows<T>(call.mass, row, n) + T(2 * call.z_loss) * (zmax + logsum),
+                 factor = of_rows<T>(call.scale, row, n) * T(call.logit_scale);
+    const Vec<T> q_target = target.w.a * target.weight + target.w.b * target.rest;
+    const auto kept = target.y >= 0;
+    for (int64_t c = 0; c < call.k; ++c) {
+      T* g = z + r + c * block.pitch;
+      const Vec<T> p = exp_nonpositive((widen(g) - zmax) - logsum),
+                   q = rest == nullptr ? target.w.b : target.w.b * rest[c];
+      const Vec<T> d = dz(mass, p, target.y == typename Lanes<T>::Signed(c) ? q_target : q);
+      narrow(g, kept ? factor * d : Vec<T>{});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lsk
