@@ -72,9 +72,10 @@ struct Call {
   LSK_MEMBER bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The CPU's kernels of the logits' own dtype suffice.
   LSK_MEMBER bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
-  // Of few classes, a block of whole rows stays in the first-level cache, lane by lane.
+  // Whether the CPU's lanes are rows: at 100 adjacent classes these take 0.8 (float32) and 0.4 (bfloat16) of the cycles
+  // that classes in lanes take, at 256 classes 1.6 and 0.95 (AVX2). Classes apart have to be transposed otherwise.
   LSK_MEMBER bool few() const {
-    return target != nullptr && !finite && !spreads() && softcap == 0 && k <= (logits.class_stride == 1 ? 64 : 256);
+    return target != nullptr && !finite && !spreads() && softcap == 0 && k <= (logits.class_stride == 1 ? 128 : 256);
   }
   // The sums of Spread are asked for.
   LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }

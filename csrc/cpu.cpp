@@ -8,7 +8,7 @@ namespace lsk {
 namespace {
 
 struct Cpu {
-  static Tensor fresh_like(const Tensor& t) { return in_large_pages(at::empty_like(t)); }
+  static Tensor fresh(Tensor untouched) { return in_large_pages(std::move(untouched)); }
 
   static void forward(const Call& call, const Tensor&) {
     check_targets(call);

@@ -48,19 +48,20 @@ struct Targets {
   Weights<Vec<T>> w;
 
   Targets(const Call& call, Weights<double> whole, int64_t row, int64_t n) {
-    typename Lanes<T>::Signed class_of[kWidth<T>];
-    for (int l = 0; l < kWidth<T>; ++l) class_of[l] = l < n && !call.ignored(row + l) ? call.target[row + l] : -1;
-    __builtin_memcpy(&y, class_of, sizeof y);
-    if (call.weight) weight = of_classes(call.weight, class_of);
-    if (call.rest) rest = of_classes(call.rest, class_of);
+    using Wide = typename VectorOf<int64_t, kWidth<T>>::type;
+    Wide class_of = Wide{} + call.ignore_index;
+    __builtin_memcpy(&class_of, call.target + row, sizeof(int64_t) * (n < kWidth<T> ? n : kWidth<T>));
+    y = __builtin_convertvector(class_of == call.ignore_index ? Wide{} - 1 : class_of, Signed<T>);
+    if (call.weight) weight = of_classes(call.weight);
+    if (call.rest) rest = of_classes(call.rest);
     const Vec<T> eps = of_rows<T>(call.eps, row, n);
     w = {1 - eps * T(1 - whole.a), eps * T(whole.b)};  // both are linear in ε
   }
 
  private:
-  static Vec<T> of_classes(const Column& column, const typename Lanes<T>::Signed* classes) {
+  Vec<T> of_classes(const Column& column) const {
     T lanes[kWidth<T>];
-    for (int l = 0; l < kWidth<T>; ++l) lanes[l] = classes[l] < 0 ? T(0) : column.get<T>(classes[l]);
+    for (int l = 0; l < kWidth<T>; ++l) lanes[l] = y[l] < 0 ? T(0) : column.get<T>(y[l]);
     return widen(lanes);
   }
 };

@@ -153,7 +153,7 @@ Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
   TORCH_CHECK(n_stats >= 0 && n_stats <= 4 && n_stats != 3, "n_stats must be 0, 1, 2 or 4, got ", n_stats);
   const auto options = logits.options().dtype(acc_dtype(logits));
   const int64_t n = p.call.n;
-  const Tensor loss = at::empty({n}, options), saved = at::empty({4, n}, options);
+  const Tensor loss = at::empty({n}, options), saved = Runner::fresh(at::empty({4, n}, options));
   const Tensor stats = at::empty({n_stats, n}, options);
   const Tensor prediction = at::empty({n_stats > 0 ? n : 0}, options.dtype(at::kLong));
   p.call.loss = output_column(loss);
@@ -168,13 +168,13 @@ Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
 }
 
 // Row... are the arguments that all operators share. A Runner has `forward` and `backward` of a call, the tensor being
-// that of its logits, `fresh_like`, an uninitialised tensor, and `scale`.
+// that of its logits, `fresh`, which may prepare the memory of an untouched tensor, and `scale`.
 template <class Runner, class... Row>
 struct OperatorsOf {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, Row... row, bool with_grad,
                                                                     int64_t n_stats) {
     Prepared p(logits, false, row...);
-    const Tensor grad = with_grad ? Runner::fresh_like(logits) : at::empty({0}, logits.options());
+    const Tensor grad = with_grad ? Runner::fresh(at::empty_like(logits)) : at::empty({0}, logits.options());
     if (with_grad) p.call.grad = view_of(grad, "grad", true);
     return std::tuple_cat(run<Runner>(p, logits, n_stats), std::make_tuple(grad));
   }
@@ -188,7 +188,7 @@ struct OperatorsOf {
   static Tensor backward(const Tensor& logits, Row... row, const Tensor& saved) {
     Prepared p(logits, false, row...);
     p.use(logits, saved);
-    const Tensor grad = Runner::fresh_like(logits);
+    const Tensor grad = Runner::fresh(at::empty_like(logits));
     p.call.grad = view_of(grad, "grad", true);
     Runner::backward(p.call, logits);
     return grad;
@@ -207,7 +207,7 @@ struct OperatorsOf {
     TORCH_CHECK(target.is_floating_point(), "target must be floating-point to have a gradient, got ",
                 target.scalar_type());
     p.use(logits, saved);
-    const Tensor grad = Runner::fresh_like(p.probabilities);
+    const Tensor grad = Runner::fresh(at::empty_like(p.probabilities));
     p.call.grad = view_of(grad, "grad", true);
     p.call.grad_of_target = true;
     Runner::backward(p.call, logits);

@@ -296,4 +296,6 @@ def normalizer(rows: Rows) -> Tensor:
         counted = torch.where(inside, rows.weight[torch.where(inside, rows.target, 0)], 0.0)
     else:
         counted = rows.valid
+        if rows.row_weight is None and counted.device.type == "cpu":  # a sum would copy the booleans to int64 first
+            return counted.count_nonzero().to(acc)
     return (counted if rows.row_weight is None else counted * rows.row_weight).sum().to(acc)

@@ -24,7 +24,7 @@ int cuda_capability(int index) {
 namespace {
 
 struct Cuda {
-  static Tensor fresh_like(const Tensor& t) { return at::empty_like(t); }
+  static Tensor fresh(Tensor untouched) { return untouched; }
 
   static void forward(const Call& call, const Tensor& logits) {
     const Here here(logits);

@@ -52,7 +52,7 @@ std::string launched() {
 }
 
 struct Shim {
-  static Tensor fresh_like(const Tensor& t) { return at::empty_like(t); }
+  static Tensor fresh(Tensor untouched) { return untouched; }
 
   static void forward(const Call& call, const Tensor& logits) {
     Tensor workspace;
