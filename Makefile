@@ -65,7 +65,7 @@ sanitize: .venv/built
 	LABELSMOOTH_BUILD=sanitize $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --target $(OUT)/sanitize .
 	PYTHONPATH=$(OUT)/sanitize LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -n auto -p no:cacheprovider -k "cpu-cpu" \
-	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py tests/test_linear.py
+	  tests/test_operators.py tests/test_regressions.py tests/test_drop_in.py tests/test_parity_table.py tests/test_linear.py tests/test_few_classes.py
 
 # The CPU's figures, in ten minutes. RUN="--cases smoke --minutes 1" shows that all of it runs and that no speed is lost;
 # RUN="--group logits", RUN="--out bench/results/cpu.jsonl": see `python -m bench run --help`.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import aims, host, report, results, suite
-from .harness import Row, measure, reason
+from .harness import Row, measure, reason, threads_of
 from .logits import EAGER, INPLACE
 from .training import RECOMPILATIONS, recompilations
 
@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         share = left * entry.share / sum(e.share for e in entries[i:])
         try:
-            rows = measure(entry.case, entry.task, share, cold=cold, rotate=arguments.cache != "warm")
+            with threads_of(entry.case):
+                rows = measure(entry.case, entry.task, share, cold=cold, rotate=arguments.cache != "warm")
         except Exception as error:  # inputs that do not fit this machine; the other cases still may
             rows = [Row(entry.case.group, entry.case.name, "every provider", refused=reason(error))]
         records += add(arguments.out, rows, facts)

@@ -10,12 +10,13 @@ What is not timed: refilling logits that a provider overwrites, freeing its resu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +43,8 @@ class Case:
     eps: float = EPS
     backward: bool = True
     data: str = "randn"  # "zipf": see inputs.py
+    inner: int = 0  # rows side by side, as an image's pixels lie: logits (n / inner, k, inner)
+    threads: int = 0  # 0: as many as PyTorch takes
 
     @property
     def name(self) -> str:
@@ -49,6 +52,8 @@ class Case:
         words = [shape, SHORT[self.dtype]]
         words += [f"ε = {self.eps:g}"] * (self.eps != EPS) + ["loss only"] * (not self.backward)
         words += ["Zipf, ignored rows"] * (self.data == "zipf")
+        words += [f"images of {self.inner:,}"] * (self.inner > 0)
+        words += [f"{self.threads} thread" + "s" * (self.threads > 1)] * (self.threads > 0)
         return ", ".join(words)
 
     @property
@@ -86,6 +91,17 @@ class Inputs:
 
     def unchanged(self) -> bool:
         return all(torch.equal(a.detach(), b) for a, b in zip(self.leaves, self.originals, strict=True))
+
+
+@contextlib.contextmanager
+def threads_of(case: Case) -> Iterator[None]:
+    """Compute on the threads of a case."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 Results = tuple[Tensor, ...]  # the loss, then the gradients of the leaves

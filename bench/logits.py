@@ -122,6 +122,32 @@ class Logits:
         return dict(zip(("loss", "target", "rest"), limits, strict=True))
 
 
+@dataclass(frozen=True)
+class Few(Logits):
+    """Rows of few classes, one behind the other or side by side, beside PyTorch's loss alone."""
+
+    baseline: str = EAGER
+
+    def inputs(self, case: Case, seed: int) -> Inputs:
+        flat = super().inputs(case, seed)
+        if not case.inner:
+            return flat
+        values = flat.originals[0].view(-1, case.inner, case.k).transpose(1, 2).contiguous()
+        return Inputs((values.clone().requires_grad_(case.backward),), (values,), flat.target.view(-1, case.inner))
+
+    def providers(self, case: Case) -> list[Provider]:
+        return [
+            losing(OURS, ours(backend=KERNELS[case.device]), case, exact=True),
+            losing(EAGER, eager, case),
+        ]
+
+    def errors(self, case: Case, provider: Provider, inputs: Inputs, results: Results) -> dict[str, float]:
+        rows, grad = (t.movedim(1, -1).reshape(-1, case.k) for t in (inputs.originals[0], results[1]))
+        return smoothed_errors(
+            Inputs((), (rows,), inputs.target.flatten(), inputs.expected), case.eps, results[0], grad
+        )
+
+
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
     """Rows, so few that their float64 copies stay in a CPU's caches, or small beside a GPU's memory."""
     n, k = x.shape

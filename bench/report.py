@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 Record = dict[str, Any]
-OTHERS = ("few rows", "calls", "layouts", "distillation", TEMPERED, "training step", RECOMPILATIONS)
+OTHERS = ("few rows", "few classes", "calls", "layouts", "distillation", TEMPERED, "training step", RECOMPILATIONS)
 
 
 class Table(NamedTuple):

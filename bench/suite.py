@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import first
 from .harness import Case, Entry
 from .linear import Linear
-from .logits import Logits
+from .logits import Few, Logits
 from .options import Layout, Options
 from .training import TEMPERED, Distillation, Tempered, TrainingStep
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+# (rows, classes, rows of an image): segmentation, a mask, two and ten classes, two batches of CIFAR, 256 classes.
+FEW = (
+    (2**20, 19, 2**18), (2**20, 2, 2**18), (2_000_000, 2, 0), (500_000, 10, 0), (256, 10, 0), (4096, 100, 0),
+    (20_000, 256, 0), (2**16, 256, 2**16),
+)  # fmt: skip
+
+
+def few_classes() -> list[Entry]:
+    """Every kind of rows on all threads, and what PyTorch does fastest on one."""
+    kinds: list[dict[str, Any]] = [{"dtype": t, "eps": e} for t in (F32, BF16) for e in (0.1, 0.0)]
+    kinds.append({"dtype": F32, "eps": 0.0, "threads": 1})
+    return [Entry(Few(), Case("few classes", n, k, inner=i, **kind), 0.3) for kind in kinds for n, k, i in FEW]
 
 
 SMOOTHED = ((1024, F32), (2048, BF16))  # a round of three takes two seconds
@@ -36,6 +52,7 @@ def cpu() -> list[Entry]:
     found += [Entry(bare, Case("growth in N", n, 32000, dtype=F32), 0.7) for n in (16, 64, 256, 1024, 4096)]
     calls = Logits(with_peers=False)
     found += [Entry(calls, Case("calls", n, k, dtype=F32), 0.7) for n, k in ((8, 1000), (64, 1000))]
+    found += few_classes()
     found.append(Entry(Options(), Case("options", 1024, 32000, dtype=F32), 2))
     found += [
         Entry(Layout(16), Case("layouts", 1024, 32000, dtype=F32)),
@@ -94,6 +111,7 @@ def smoke(device: str) -> list[Entry]:
         Entry(bare, Case("logits", 1024, 32000, dtype=F32, device=device), 6),
         *at_logits,
         Entry(Logits(with_peers=False), Case("calls", 8, 1000, dtype=F32, device=device)),
+        *(Entry(Few(), Case("few classes", 2**14, 2, dtype=F32, device=device, inner=i)) for i in (0, 2**13)),
         Entry(Options(), Case("options", 32, 4096, dtype=F32, device=device)),
         Entry(Layout(16), Case("layouts", 64, 1000, dtype=F32, device=device)),
         Entry(Linear(with_peers=device == "cuda"), Case("linear", 96, 5000, 64, F32, device)),
