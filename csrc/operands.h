@@ -153,7 +153,7 @@ Results run(Prepared& p, const Tensor& logits, int64_t n_stats) {
   TORCH_CHECK(n_stats >= 0 && n_stats <= 4 && n_stats != 3, "n_stats must be 0, 1, 2 or 4, got ", n_stats);
   const auto options = logits.options().dtype(acc_dtype(logits));
   const int64_t n = p.call.n;
-  const Tensor loss = at::empty({n}, options), saved = Runner::fresh(at::empty({4, n}, options));
+  const Tensor loss = Runner::fresh(at::empty({n}, options)), saved = Runner::fresh(at::empty({4, n}, options));
   const Tensor stats = at::empty({n_stats, n}, options);
   const Tensor prediction = at::empty({n_stats > 0 ? n : 0}, options.dtype(at::kLong));
   p.call.loss = output_column(loss);
