@@ -109,8 +109,7 @@ def transform(x, logit_scale, softcap):
     z = x if logit_scale is None else x * logit_scale
     slope = 1.0
     if softcap is not None:
-        tanh, slope = _tanh(z / softcap)
-        slope = tl.where(z == float("-inf"), 1.0, slope)
+        tanh, slope = _tanh(tl.where(z == float("-inf"), 0.0, z / softcap))
         z = tl.where(z == float("-inf"), z, softcap * tanh)
     return z, slope
 
