@@ -31,12 +31,7 @@ class Block {
         // A vector may reach beyond the last row; and no power of two, which would strain few cache sets.
         pitch_(rows + kWidest),
         z_(static_cast<char*>(::operator new(call.k * pitch_ * width(), std::align_val_t(64)))),
-        block_{z_.get(),
-               pitch_,
-               0,
-               0,
-               weights(1.0, call.prior ? 1.0 : double(call.k), call.others),
-               call.rest ? kernels_.sum(call.rest.data, call.k) : double(call.k)} {}
+        block_{z_.get(), pitch_, 0, 0, call.rest ? kernels_.sum(call.rest.data, call.k) : double(call.k)} {}
 
   void run(int64_t row, int64_t rows, bool forward) {
     block_.row = row;

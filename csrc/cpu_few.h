@@ -47,15 +47,14 @@ struct Targets {
   Vec<T> weight = splat<T>(1), rest = splat<T>(1);
   Weights<Vec<T>> w;
 
-  Targets(const Call& call, Weights<double> whole, int64_t row, int64_t n) {
+  Targets(const Call& call, Vec<T> count, int64_t row, int64_t n) {
     using Wide = typename VectorOf<int64_t, kWidth<T>>::type;
     Wide class_of = Wide{} + call.ignore_index;
     __builtin_memcpy(&class_of, call.target + row, sizeof(int64_t) * (n < kWidth<T> ? n : kWidth<T>));
     y = __builtin_convertvector(class_of == call.ignore_index ? Wide{} - 1 : class_of, Signed<T>);
     if (call.weight) weight = of_classes(call.weight);
     if (call.rest) rest = of_classes(call.rest);
-    const Vec<T> eps = of_rows<T>(call.eps, row, n);
-    w = {1 - eps * T(1 - whole.a), eps * T(whole.b)};  // both are linear in ε
+    w = weights(of_rows<T>(call.eps, row, n), count, call.others);
   }
 
  private:
@@ -119,7 +118,7 @@ void few_stats(const Call& call, const FewRows& block) {
   const Vec<T> covered = splat<T>(call.prior ? 1 : call.k), none = {};
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
     const int64_t row = block.row + r, n = block.rows - r;
-    const Targets<T> target(call, block.whole, row, n);
+    const Targets<T> target(call, covered, row, n);
     const Columns<T> sums(z + r, block, rest, target, call.k);
     const Vec<T> logsum = log_one_plus(sums.beyond), top = sums.stats.max, one = splat<T>(1);
     const Weights<Vec<T>> w = target.w;
@@ -143,7 +142,7 @@ void few_gradient(const Call& call, const FewRows& block) {
   const T* rest = reinterpret_cast<const T*>(call.rest.data);
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
     const int64_t row = block.row + r, n = block.rows - r;
-    const Targets<T> target(call, block.whole, row, n);
+    const Targets<T> target(call, of_rows<T>(call.count, row, n), row, n);
     const Vec<T> zmax = of_rows<T>(call.zmax, row, n), logsum = of_rows<T>(call.logsum, row, n),
                  mass = of_rows<T>(call.mass, row, n) + T(2 * call.z_loss) * (zmax + logsum),
                  factor = of_rows<T>(call.scale, row, n) * T(call.logit_scale);

@@ -49,8 +49,7 @@ struct RowKernels {
 struct FewRows {
   void* z;
   int64_t pitch, row, rows;
-  Weights<double> whole;  // the row weights of ε = 1
-  double rest_mass;       // Σ r
+  double rest_mass;  // Σ r
 };
 
 // Kernels on n adjacent elements in the dtype of the arithmetic; r, t and `masked` as above.

@@ -32,8 +32,8 @@ struct Weights {
 // e spread over n classes, or over all of them but the target; where there is no class to take it, it is not spread.
 template <class V>
 LSK_INLINE Weights<V> weights(V e, V n, bool others) {
-  if (others) e = n > 1 ? e * n / (n - 1) : V(0);
-  return {1 - e, n != 0 ? e / n : V(0)};
+  if (others) e = n > 1 ? e * n / (n - 1) : V{};
+  return {1 - e, n != 0 ? e / n : V{}};
 }
 
 // A weight of exactly 0 switches its term off: 0·(-inf) must not be NaN.

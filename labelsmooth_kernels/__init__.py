@@ -1,6 +1,16 @@
 """Label-smoothed cross-entropy for large vocabularies: fused, exact, a drop-in for PyTorch's."""
 
-from . import calibration, conventions, distillation, functional, parallel, reference, representation, smoothing
+from . import (
+    calibration,
+    conventions,
+    distillation,
+    functional,
+    options,
+    parallel,
+    reference,
+    representation,
+    smoothing,
+)
 from .flops import count_operators as _count_operators
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
@@ -25,6 +35,7 @@ __all__ = [
     "distillation",
     "functional",
     "linear_cross_entropy",
+    "options",
     "parallel",
     "reference",
     "representation",

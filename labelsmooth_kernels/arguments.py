@@ -50,7 +50,7 @@ def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> fro
 
 
 def not_scriptable(*_: object) -> NoReturn:
-    """Raise the error of ``torch.jit.script``, which asks what it is to compile for its ``__prepare_scriptable__``."""
+    """Raise the error of ``torch.jit.script``, which asks a function for its ``__prepare_scriptable__``."""
     raise RuntimeError(
         "labelsmooth_kernels cannot be compiled by torch.jit.script: use torch.compile or torch.export, or "
         "torch.jit.trace, which records the loss as plain operations of PyTorch"
@@ -98,13 +98,13 @@ def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
     return True
 
 
-def one_element(tensor: Tensor) -> bool:
-    """Whether a tensor has one element; not where torch.compile does not know its size until the program runs."""
+def known_size(size: int, expected: int) -> bool:
+    """Whether a size is the expected one; not where torch.compile does not know it until the program runs."""
     if not torch.compiler.is_compiling():
-        return tensor.numel() == 1
+        return size == expected
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    return bool(guard_or_false(tensor.numel() == 1))
+    return bool(guard_or_false(size == expected))
 
 
 def plain_int(value: Any) -> Any:

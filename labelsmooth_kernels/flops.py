@@ -9,9 +9,9 @@ Rows left out of the products (``skip_ignored``) are not counted, unless the tar
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,15 +94,14 @@ def _register(counter: ModuleType) -> None:
 
 class _WhenImported(MetaPathFinder):
     """Registers the formulas when the counter is imported: not before, for it imports Triton, nor in a call, for a
-    counter copies the registry when it is made."""
+    counter copies the registry when it is made. It stays, for the sake of a second look at the module or a reload."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
@@ -118,5 +117,4 @@ def count_operators() -> None:
     """Give FlopCounterMode the formulas: now where it is imported, else as soon as it is."""
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    sys.meta_path.insert(0, _WhenImported())

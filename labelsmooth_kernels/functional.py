@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .arguments import checks_names, one_element, same_shape, takes
+from .arguments import checks_names, known_size, same_shape, takes
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
 from .spec import (
@@ -173,7 +173,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     class_dim = _class_dim(input, target, spec) % input.dim()
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
-    if num_classes == 0 and (n or target.numel()) and not shard:
+    if known_size(num_classes, 0) and (n or target.numel()) and not shard:
         raise IndexError(f"input must have a class for every target, got shape {tuple(input.shape)} without classes")
     _check_target(input, target, shape)
     probabilities = target.is_floating_point()
@@ -189,7 +189,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     weight, prior = _class_vector("weight", spec.weight, logits), None
     if isinstance(spec.smoothing, Tensor):
         prior = _prior(spec.smoothing, logits, shard)
-    if spec.others and num_classes == 1 and spec.smooths and not shard:
+    if spec.others and spec.smooths and not shard and known_size(num_classes, 1):
         raise ArgumentError(
             "smoothing='others' needs at least 2 classes, got 1: there is no other class to smooth over"
         )
@@ -281,7 +281,7 @@ def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | 
     if vector is None:
         return None
     num_classes = logits.shape[-1]
-    if vector.shape != (num_classes,):
+    if not same_shape(vector.shape, (num_classes,)):
         raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
     check_same_device(name, vector, logits)
     require(vector.dtype in FLOAT_DTYPES, name, vector, "a floating-point tensor")
@@ -300,7 +300,7 @@ def _prior(smoothing: Tensor, logits: Tensor, shard: bool) -> Tensor | None:
 
 def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Tensor:
     """A tensor option of one value or one per row, flat, in the dtype of the arithmetic; (N, 1) stands for (N,)."""
-    alone = one_element(values)
+    alone = known_size(values.numel(), 1)
     if not (alone or same_shape(values.shape, shape) or same_shape(values.shape, (*shape, 1))):
         raise ArgumentError(
             f"{name} must have one value or the shape {tuple(shape)} of target, got {tuple(values.shape)}"

@@ -37,6 +37,10 @@ Result = TypeVar("Result", default=Tensor)
 """What a call of a module returns, as its ``return_stats`` says: the loss, or a pair (loss, RowStats)."""
 
 
+class _Unscriptable(nn.Module):
+    forward = property(not_scriptable)
+
+
 class CrossEntropyLoss(nn.Module, Generic[Result]):
     """:func:`labelsmooth_kernels.cross_entropy` as a module, a drop-in for ``torch.nn.CrossEntropyLoss``.
 
@@ -124,7 +128,9 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
             else:
                 setattr(self, name, value)
 
-    __prepare_scriptable__ = not_scriptable
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Give torch.jit.script what it cannot compile and need not where the loss is among its ignored attributes."""
+        return _Unscriptable()
 
     def _options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _DEFAULTS}

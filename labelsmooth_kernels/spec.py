@@ -285,8 +285,10 @@ class LossSpec:
                 isinstance(t, Tensor) and t.requires_grad for t in (self.weight, self.label_smoothing, self.smoothing)
             ),
             "forward mode inside forward mode": nested_forward_mode(),
-            # The program keeps plain operators, which PyTorch can differentiate again, and drops autograd.Functions.
-            "a gradient in a program of torch.export": torch.compiler.is_exporting() and torch.is_grad_enabled(),
+            # An exported program drops autograd.Functions; PyTorch differentiates plain operators again.
+            "a gradient through torch.export (under torch.no_grad it serves)": self.backend is None
+            and torch.compiler.is_exporting()
+            and torch.is_grad_enabled(),
             "torch.func inside torch.compile": torch.compiler.is_compiling() and _func_level() is not None,
         }
         return frozenset(word for word, is_asked in asked.items() if is_asked)

@@ -171,7 +171,7 @@ def test_without_the_collision_there_is_no_brier_score() -> None:
     _, stats = lsk.cross_entropy(x, y, return_stats=True)
     found = calibration.collect(stats, y)
     assert math.isnan(found.brier)
-    assert found.ece == calibration.evaluate(x, y).ece
+    assert found.ece == pytest.approx(calibration.evaluate(x, y).ece, rel=1e-6)  # other statistics, other kernel
 
 
 @pytest.mark.parametrize("sharp", [0.4, 1.0, 3.0])

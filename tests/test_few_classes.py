@@ -263,3 +263,23 @@ def test_the_kernels_know_every_row_operator(compiled: Place) -> None:
     other = x.clone()
     assert torch.equal(kernels.forward_(other, *row, 0)[0], loss)
     assert torch.equal(other, grad)
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("k", [2, 10, 100])
+def test_a_backward_spreads_over_as_many_classes_as_were_saved(compiled: Place, k: int, others: bool) -> None:
+    """A rank's rows count the classes of all ranks, and one of them may have its own number."""
+    n = 37
+    x, y = drawn(n, k, torch.float64)
+    classes = torch.linspace(1, 3 * k, n, dtype=torch.float64)
+    eps = torch.linspace(0, 1, n, dtype=torch.float64)
+    zmax = x.amax(1)
+    logsum, mass = (x - zmax[:, None]).exp().sum(1).log(), torch.linspace(0.5, 2, n, dtype=torch.float64)
+    e = torch.where(classes > 1, eps * classes / (classes - 1), 0.0) if others else eps
+    q = torch.where(torch.arange(k) == y[:, None], (1 - e)[:, None], 0.0) + (e / classes)[:, None]
+    want = torch.where((y == -100)[:, None], 0.0, mass[:, None] * x.softmax(1) - q)
+    for dtype in (torch.float64, torch.float32):
+        saved = torch.stack((zmax, logsum, mass, classes)).to(dtype)
+        row = (y, None, None, 0.0, eps.to(dtype), None, -100, others, False, 0.0, 0.0, 1.0, None)
+        grad = torch.ops.labelsmooth_kernels.cpu_backward(x.to(dtype), *row, saved)
+        torch.testing.assert_close(grad.double(), want, rtol=0, atol=1e-14 if dtype == torch.float64 else 2e-6)

@@ -137,7 +137,8 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.parametrize("first", ["labelsmooth_kernels", "torch.utils.flop_counter"])
 def test_the_formulas_are_there_whatever_is_imported_first(first: str) -> None:
     program = (
-        f"import torch, {first}, labelsmooth_kernels\n"
+        f"import torch, importlib.util, {first}, labelsmooth_kernels\n"
+        "importlib.util.find_spec('torch.utils.flop_counter')\n"
         "from torch.utils.flop_counter import flop_registry\n"
         "raise SystemExit(torch.ops.labelsmooth_kernels.chunked_forward not in flop_registry)"
     )

@@ -163,3 +163,22 @@ SCRIPTED: dict[str, Any] = {
 def test_script_says_what_to_use_instead(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be compiled by torch.jit.script: use torch.compile or"):
         torch.jit.script(SCRIPTED[name])
+
+
+class Trained(torch.nn.Module):
+    """A model that holds its loss and computes without it."""
+
+    __jit_ignored_attributes__ = ("loss",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(D, K), lsk.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_of_a_model_that_ignores_its_loss() -> None:
+    model, x = Trained(), torch.randn(2, D)
+    assert torch.equal(torch.jit.script(model)(x), model(x))

@@ -70,7 +70,8 @@ def _logits(rank: int, cuts: tuple[int, ...], backend: str | None, place: int | 
             (grad,) = torch.autograd.grad(got[0], mine, seed)
             same_as_one(name, got, want, [grad], [want_grad[:, part]], dtype)
             plain = parallel.cross_entropy(mine.detach(), target, backend=backend, **of_rank(given, part))
-            assert torch.equal(plain, got[0].detach()) or name.startswith("masked")
+            few_ulps = 4 * torch.finfo(dtype).eps  # rows of few classes have another kernel with all statistics
+            torch.testing.assert_close(plain, got[0].detach(), rtol=few_ulps, atol=few_ulps, equal_nan=True)
 
 
 def _layouts(rank: int, cuts: tuple[int, ...]) -> None:

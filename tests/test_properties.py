@@ -224,7 +224,8 @@ def test_symmetries(call: Drawn, shift: float) -> None:
 @many("identity")
 @given(drawn(HALF_TO_DOUBLE))
 def test_no_smoothing_is_exactly_none(call: Drawn) -> None:
-    """ε = 0, as a number, a tensor or one per row, is bit for bit the loss that never heard of smoothing."""
+    """ε = 0, as a number, a tensor or one per row, is bit for bit the loss that never heard of smoothing; over finite
+    classes an ε that may be more keeps the call from the CPU's kernels of few classes, which round in their own way."""
     skip_unless_available(FAST)
     bare = {n: v for n, v in call.problem.options.items() if n not in ("label_smoothing", "smoothing", "smooth_over")}
     want = dataclasses.replace(call, problem=call.problem._replace(options=bare)).run(FAST)
@@ -232,8 +233,11 @@ def test_no_smoothing_is_exactly_none(call: Drawn) -> None:
     for eps in (0.0, torch.zeros(1, dtype=acc), torch.zeros(len(call.problem.logits), dtype=acc)):
         options = call.problem.options | {"label_smoothing": eps}
         got = dataclasses.replace(call, problem=call.problem._replace(options=options)).run(FAST)
+        other = options.get("smooth_over") == "finite" and not isinstance(eps, float)
         for a, b in zip(got, want, strict=True):
-            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+            close = {"rtol": 8 * torch.finfo(a.dtype).eps, "atol": 1e-5 if acc == torch.float32 else 1e-13}
+            exactly = {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(a, b, equal_nan=True, **(close if other else exactly))
 
 
 @many("repeat")

@@ -30,8 +30,8 @@ FLOORS = """arguments fusing options | spec | reference ops | backends conventio
 LATE = {("functional", "dtensor"), ("linear", "dtensor")}
 """Upward, inside a function: a call with DTensors goes to those who know them."""
 PUBLIC = """ArgumentError CrossEntropyLoss LabelSmoothingCrossEntropy LinearCrossEntropyLoss LossSpec RowStats Teacher
-    TopK calibration conventions cross_entropy distillation functional linear_cross_entropy parallel reference
-    representation smoothing"""
+    TopK calibration conventions cross_entropy distillation functional linear_cross_entropy options parallel
+    reference representation smoothing"""
 PARAMETERS = """input target weight size_average ignore_index reduce reduction label_smoothing smoothing smooth_over
     class_dim z_loss confidence_penalty logit_scale softcap row_weight normalizer inplace return_stats backend"""
 ENVIRONMENT = {"LABELSMOOTH_CHECK_TARGETS", "LABELSMOOTH_DEBUG", "TRITON_INTERPRET"}

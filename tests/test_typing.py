@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pydoc
+import subprocess
 import sys
 import typing
 import warnings
@@ -153,3 +154,9 @@ def test_conventions_are_options() -> None:
     assert hints.items() <= types.items()
     assert conventions.fairseq(0.1, 1).keys() <= hints.keys()
     assert "return_stats" not in hints
+
+
+def test_options_are_there_to_annotate_with() -> None:
+    """As the README says, without another import."""
+    program = "import labelsmooth_kernels; labelsmooth_kernels.options.LossOptions"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

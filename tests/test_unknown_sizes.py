@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import skip_unless_available
 from sharded import needs_gloo, spawn
 from torch import Tensor
 from tracing import compiler
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import backends
 from labelsmooth_kernels.distillation import Probabilities, distillation_loss
 
 if TYPE_CHECKING:
@@ -205,15 +207,37 @@ def test_exported(name: str, form: str) -> None:
     judge(program.module(), exact, form, 14)
     assert not any("labelsmooth_kernels" in str(node.target) for node in program.graph.nodes)
     with torch.no_grad():
-        program = exported(name, form, "cpu" if lsk.functional.backends.BACKENDS["cpu"].unavailable() is None else None)
+        program = exported(name, form, "cpu" if backends.BACKENDS["cpu"].unavailable() is None else None)
         h, w, y, mask = arguments(form, 14)
         want = exact(h.double(), w.double(), y, mask)
         torch.testing.assert_close(program.module()(h, w, y, mask).double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_an_export_with_gradients_names_the_way_out() -> None:
-    with pytest.raises(Exception, match=r"does not serve a gradient in a program of torch\.export"):
-        exported("smoothed", "rows", "cpu")
+@compiler
+def test_an_export_keeps_the_kernels_that_it_names() -> None:
+    skip_unless_available("cpu")
+    backends._warn_once.cache_clear()
+    backends._choose.cache_clear()
+    with pytest.warns(UserWarning, match=r"torch\.export \(under torch\.no_grad it serves\)"):
+        exported("smoothed", "rows", None)
+    program = exported("smoothed", "rows", "cpu")
+    assert any("labelsmooth_kernels" in str(node.target) for node in program.graph.nodes)
+
+
+@compiler
+def test_an_unknown_number_of_classes() -> None:
+    h, w, y, mask = *arguments("rows", 9)[:3], torch.arange(K) != 5
+    y = torch.where(y >= 5, 0, y)
+    options: dict[str, Any] = {"smoothing": "others", "label_smoothing": EPS}
+    for loss in (
+        lambda h, w, y, mask: lsk.cross_entropy(F.linear(h, w)[:, mask], y, WEIGHT.to(h)[mask], **options),
+        lambda h, w, y, mask: lsk.linear_cross_entropy(h, w[mask], y, weight=WEIGHT.to(h)[mask], **options),
+    ):
+        torch._dynamo.reset()
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        want = evaluated(loss, h.double(), w.double(), y, mask)
+        for got, true in zip(evaluated(run, h, w, y, mask), want, strict=True):
+            torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-6)
 
 
 SHARDED: dict[str, Callable[..., Tensor]] = {
