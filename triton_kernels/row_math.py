@@ -100,7 +100,7 @@ def _tanh(y):
     near = (((-5.70498872745e-3 * v + 2.06390887954e-2) * v - 5.37397155531e-2) * v + 1.33314422036e-1) * v
     near = a + a * (v * (near - 3.33332819422e-1))
     value = tl.where(a < 0.625, near, (1.0 - e) * r)
-    return tl.where(y < 0, -value, value), 4.0 * e * r * r
+    return tl.where(y < 0, -1.0, 1.0) * value, 4.0 * e * r * r
 
 
 @triton.jit
