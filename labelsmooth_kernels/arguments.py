@@ -30,8 +30,8 @@ def check_names(function: str, given: Iterable[str], options: Iterable[str]) -> 
 
 
 def takes(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Let help() and completion show what the ``**options`` of a function stand for: those of ``parameters``,
-    keyword-only ones, that it does not name itself."""
+    """Show ``parameters``, which are keyword-only, in help() and completion in place of a function's ``**options``; the
+    function's own parameters stay as they are."""
 
     def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
         signature = inspect.signature(function)
@@ -82,8 +82,8 @@ def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, 
 
 
 def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two shapes are equal. Sizes that torch.compile does not know until the program runs are taken for equal,
-    and the program checks them then, as those of PyTorch's own operators."""
+    """Return whether two shapes are equal. A size that torch.compile does not know while it traces counts as equal; the
+    compiled program then checks it at run time, as PyTorch's own operators do."""
     if len(shape) != len(other):
         return False
     if not torch.compiler.is_compiling():
@@ -99,7 +99,7 @@ def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def known_size(size: int, expected: int) -> bool:
-    """Whether a size is the expected one; not where torch.compile does not know it until the program runs."""
+    """Return whether a size is the expected one; False where torch.compile does not know the size while it traces."""
     if not torch.compiler.is_compiling():
         return size == expected
     from torch.fx.experimental.symbolic_shapes import guard_or_false

@@ -55,7 +55,7 @@ class Source(NamedTuple):
         return rows.to(acc).log() if self.form == "probabilities" else rows.to(acc).contiguous()
 
     def chunks(self, dtype: torch.dtype, num_classes: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the same some rows at a time, or all at once where they are as they lie."""
+        """Yield slices of the rows with their :meth:`logits`; one slice where these take no memory of their own."""
         n, row_bytes = len(self.rows), num_classes * accumulate_dtype(dtype).itemsize
         step = max(n, 1) if self._lies_ready(dtype) else rows_per_chunk(n, row_bytes, self.rows.device.type)
         for begin in range(0, max(n, 1), step):
@@ -91,12 +91,13 @@ def _chunked(
     teacher_scale: float,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend's kernel on some rows after the others; an operator of its own, whose loop no compiler unrolls."""
+    """Run a backend's kernel on one chunk of rows after the other. It is an operator, so that no compiler unrolls the
+    loop."""
     *row, alpha, temperature, with_grad, backend = arguments
     call, source = ops.RowCall(*row), Source(values, form, Soft(None, weight, bias, teacher_scale))
     operator = getattr(getattr(torch.ops, ops.NAMESPACE), f"{backend}_distill").default
     found: list[Tensor] = []
-    grad = x.new_empty(x.shape if with_grad else 0)
+    grad: Tensor | None = None
     for part, teacher in source.chunks(x.dtype, x.shape[-1]):
         some = call.of_rows(part)
         terms, made = operator(
@@ -107,8 +108,9 @@ def _chunked(
         if with_grad and len(teacher) == len(x):
             grad = made.to(x.dtype)
         elif with_grad:
+            grad = x.new_empty(x.shape) if grad is None else grad
             grad[part] = made  # rounded here where the chunk is wider
-    return (found[0] if len(found) == 1 else torch.cat(found, 1)), grad
+    return (found[0] if len(found) == 1 else torch.cat(found, 1)), x.new_empty(0) if grad is None else grad
 
 
 def _fake_chunked(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,8 @@ def _classes_last(tensor: Tensor, class_dim: int, flat: bool) -> Tensor:
 
 
 def _contiguous(tensor: Tensor) -> bool:
-    """Whether it is contiguous; of a stand-in, expanded to an unknown number of rows, PyTorch could not say."""
+    """Return whether a tensor is contiguous. The stride comes first: PyTorch cannot answer for a stand-in that is
+    expanded to a number of rows which it does not know while it traces."""
     return tensor.stride(-1) == 1 and tensor.is_contiguous()
 
 

@@ -263,6 +263,7 @@ def check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
 
 
 def autocasts(input: Tensor) -> bool:
+    """Return whether autocast casts this input."""
     kind = input.device.type  # asked of one without autocast, such as "meta", is_autocast_enabled raises
     return input.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

@@ -304,7 +304,7 @@ def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
         require(eps.dtype in FLOAT_DTYPES, "label_smoothing", eps, "a number or a floating-point tensor")
-        if readable(eps) and eps.numel():  # an unknown number of rows must not be asked for
+        if readable(eps) and eps.numel():  # in this order: a tracer may not know numel()
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf
             require(good, "label_smoothing", (smallest, largest), "finite and at most 1 from its least to its largest")

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from conftest import skip_unless_available
 from distilled import K, draw, oracle
+from tracing import allocated
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import spec
@@ -158,3 +160,12 @@ def test_a_teacher_for_a_head_of_inference_mode() -> None:
         results.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
     torch.testing.assert_close(results[1], results[0])
     assert spec.constant("teacher", teacher.linear_weight).data_ptr() == teacher.linear_weight.data_ptr()
+
+
+def test_one_pass_allocates_one_gradient() -> None:
+    """The operator of the chunks makes no second one beside that of a kernel that took all rows at once."""
+    skip_unless_available("cpu")
+    x, teacher = torch.randn(64, 4096, requires_grad=True), torch.randn(64, 4096)
+    bytes_of_logits = x.numel() * x.element_size()
+    spent = allocated(lambda: distillation_loss(x, teacher, backend="cpu"), "cpu")
+    assert bytes_of_logits <= spent < 1.5 * bytes_of_logits
