@@ -44,9 +44,8 @@ class Block {
         char* z = z_.get() + k * pitch_ * width();
         kernels_.transform(z, z, nullptr, rows, call_.logit_scale, 0);
       }
-    if (forward) kernels_.few_stats(call_, block_);
+    (forward ? kernels_.few_forward : kernels_.few_backward)(call_, block_);
     if (!call_.grad) return;
-    kernels_.few_gradient(call_, block_);
     for_pieces(call_.grad, [&](char* g, const Tile& tile, char* z) {
       cpu_kernels().rows[call_.grad.dtype].scatter(g, tile, z, pitch_);
     });

@@ -27,6 +27,28 @@ LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {
   return t;
 }
 
+// See TargetCount.
+TargetCount count_targets(const int64_t* target, int64_t n, int64_t ignored, int64_t k) {
+  using V = Signed<double>;
+  V counted = {}, outside = {};
+  for (int64_t i = 0; i < n; i += kWidth<double>) {
+    V y = V{} + ignored;
+    if (i + kWidth<double> <= n)
+      __builtin_memcpy(&y, target + i, sizeof y);
+    else
+      __builtin_memcpy(&y, target + i, sizeof(int64_t) * (n - i));
+    const V counts = y != ignored;
+    counted -= counts;
+    outside |= counts & ((y < 0) | (y >= k));
+  }
+  TargetCount found = {};
+  for (int l = 0; l < kWidth<double>; ++l) {
+    found.counted += counted[l];
+    found.outside |= outside[l] != 0;
+  }
+  return found;
+}
+
 // Numbers of n <= kWidth rows, which lie behind each other, or of which there is one for all.
 template <class T>
 LSK_INLINE Vec<T> of_rows(const Column& column, int64_t row, int64_t n) {
@@ -75,7 +97,8 @@ struct Columns {
   Stats<Vec<T>> stats = {};
   Vec<T> shift, beyond;  // origin(max); Σ exp(z - shift) - 1
 
-  Columns(const T* z, const FewRows& block, const T* rest, const Targets<T>& target, int64_t k) {
+  // With `keep` Σ's terms exp(z - shift) take the place of z.
+  Columns(T* z, const FewRows& block, const T* rest, const Targets<T>& target, int64_t k, bool keep) {
     Vec<T> top = splat<T>(-INFINITY), exps = {}, tops = {}, dev = {}, hot = {};
     for (int64_t c = 0; c < k; ++c) top = larger(widen(z + c * block.pitch), top);
     shift = origin(top);
@@ -84,7 +107,9 @@ struct Columns {
       for (const int64_t end = c + kTogether < k ? c + kTogether : k; c < end; ++c) {
         const Vec<T> d = widen(z + c * block.pitch) - shift;
         const auto other = d != 0;
-        some_exps += exp_nonpositive(d, (Signed<T>)other);
+        const Vec<T> e = exp_nonpositive(d);
+        if (keep) narrow(z + c * block.pitch, e);
+        some_exps += other ? e : Vec<T>{};
         tops = other ? tops : tops + 1;
         const T share = rest == nullptr ? 1 : rest[c];
         if (share != 0) some_dev += share * d;
@@ -101,25 +126,45 @@ struct Columns {
   }
 };
 
-// The first class of the maximum; the last one in a row of NaNs.
+// The first class of the maximum; in a row of NaNs any.
 template <class T>
-LSK_INLINE void predict(const T* z, int64_t pitch, int64_t k, Vec<T> top, int64_t n, int64_t* prediction) {
+LSK_INLINE void predict(const T* z, int64_t pitch, int64_t k, int64_t n, int64_t* prediction) {
+  Vec<T> top = splat<T>(-INFINITY);
   Signed<T> best = {};
-  for (int64_t c = k - 1; c >= 0; --c) {
-    const auto index = Signed<T>{} + typename Lanes<T>::Signed(c);
-    best = c == k - 1 || widen(z + c * pitch) == top ? index : best;
+  for (int64_t c = 0; c < k; ++c) {
+    const Vec<T> x = widen(z + c * pitch);
+    best = x > top ? Signed<T>{} + typename Lanes<T>::Signed(c) : best;
+    top = larger(x, top);
   }
-  for (int64_t l = 0; l < n; ++l) prediction[l] = best[l];
+  for (int64_t l = 0; l < (n < kWidth<T> ? n : kWidth<T>); ++l) prediction[l] = best[l];
+}
+
+// The gradients of a vector of rows, from what lies in their place; p of that is their probability. `mass` is with the
+// z-loss.
+template <class T, class P>
+LSK_INLINE void gradients(const Call& call, T* z, int64_t pitch, int64_t row, int64_t n, const Targets<T>& target,
+                          Vec<T> mass, const P& p) {
+  const T* rest = reinterpret_cast<const T*>(call.rest.data);
+  const Vec<T> factor = of_rows<T>(call.scale, row, n) * T(call.logit_scale);
+  const Vec<T> q_target = target.w.a * target.weight + target.w.b * target.rest;
+  const auto kept = target.y >= 0;
+  for (int64_t c = 0; c < call.k; ++c) {
+    const Vec<T> q = rest == nullptr ? target.w.b : target.w.b * rest[c];
+    const Vec<T> d = dz(mass, p(widen(z + c * pitch)), target.y == typename Lanes<T>::Signed(c) ? q_target : q);
+    narrow(z + c * pitch, kept ? factor * d : Vec<T>{});
+  }
 }
 
 template <class T>
-void few_stats(const Call& call, const FewRows& block) {
-  const T *z = static_cast<const T*>(block.z), *rest = reinterpret_cast<const T*>(call.rest.data);
+void few_forward(const Call& call, const FewRows& block) {
+  const T* rest = reinterpret_cast<const T*>(call.rest.data);
   const Vec<T> covered = splat<T>(call.prior ? 1 : call.k), none = {};
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
+    T* z = static_cast<T*>(block.z) + r;
     const int64_t row = block.row + r, n = block.rows - r;
     const Targets<T> target(call, covered, row, n);
-    const Columns<T> sums(z + r, block, rest, target, call.k);
+    if (call.prediction != nullptr) predict(z, block.pitch, call.k, n, call.prediction + row);
+    const Columns<T> sums(z, block, rest, target, call.k, bool(call.grad));
     const Vec<T> logsum = log_one_plus(sums.beyond), top = sums.stats.max, one = splat<T>(1);
     const Weights<Vec<T>> w = target.w;
     const Vec<T> mass = rest == nullptr ? one : w.a * target.weight + w.b * T(block.rest_mass);
@@ -131,30 +176,23 @@ void few_stats(const Call& call, const FewRows& block) {
     const Vec<T> loss = row_loss(mass, logsum, w, sums.stats, splat<T>(call.z_loss));
     set_rows<T>(call.loss, row, n, out ? none : loss);
     set_rows<T>(call.nll, row, n, out ? none : logsum - sums.stats.t.dev);
-    if (call.prediction != nullptr)
-      predict(z + r, block.pitch, call.k, top, n < kWidth<T> ? n : kWidth<T>, call.prediction + row);
+    if (call.grad) {
+      const Vec<T> share = 1 / (1 + sums.beyond);
+      gradients(call, z, block.pitch, row, n, target, mass + T(2 * call.z_loss) * (top + logsum),
+                [&](Vec<T> e) __attribute__((always_inline)) { return e * share; });
+    }
   }
 }
 
 template <class T>
-void few_gradient(const Call& call, const FewRows& block) {
-  T* z = static_cast<T*>(block.z);
-  const T* rest = reinterpret_cast<const T*>(call.rest.data);
+void few_backward(const Call& call, const FewRows& block) {
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
     const int64_t row = block.row + r, n = block.rows - r;
     const Targets<T> target(call, of_rows<T>(call.count, row, n), row, n);
-    const Vec<T> zmax = of_rows<T>(call.zmax, row, n), logsum = of_rows<T>(call.logsum, row, n),
-                 mass = of_rows<T>(call.mass, row, n) + T(2 * call.z_loss) * (zmax + logsum),
-                 factor = of_rows<T>(call.scale, row, n) * T(call.logit_scale);
-    const Vec<T> q_target = target.w.a * target.weight + target.w.b * target.rest;
-    const auto kept = target.y >= 0;
-    for (int64_t c = 0; c < call.k; ++c) {
-      T* g = z + r + c * block.pitch;
-      const Vec<T> p = exp_nonpositive((widen(g) - zmax) - logsum),
-                   q = rest == nullptr ? target.w.b : target.w.b * rest[c];
-      const Vec<T> d = dz(mass, p, target.y == typename Lanes<T>::Signed(c) ? q_target : q);
-      narrow(g, kept ? factor * d : Vec<T>{});
-    }
+    const Vec<T> zmax = of_rows<T>(call.zmax, row, n), logsum = of_rows<T>(call.logsum, row, n);
+    const Vec<T> mass = of_rows<T>(call.mass, row, n) + T(2 * call.z_loss) * (zmax + logsum);
+    gradients(call, static_cast<T*>(block.z) + r, block.pitch, row, n, target, mass,
+              [&](Vec<T> z) __attribute__((always_inline)) { return exp_nonpositive((z - zmax) - logsum); });
   }
 }
 

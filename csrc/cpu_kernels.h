@@ -64,9 +64,10 @@ struct BlockKernels {
   void (*target_gradient)(const void* x, const void* q, void* g, int64_t n, const GradientRow& row);
   // x·y, which may be x
   void (*multiply)(const void* x, const void* y, void* product, int64_t n);
-  // Of a call with index targets: stores what Call::store does, and puts the gradient of stored rows in the place of z.
-  void (*few_stats)(const Call& call, const FewRows& block);
-  void (*few_gradient)(const Call& call, const FewRows& block);
+  // Of a call with index targets: stores what Call::store does, and puts the gradient, if asked for, in the place of z;
+  // the gradient of stored rows.
+  void (*few_forward)(const Call& call, const FewRows& block);
+  void (*few_backward)(const Call& call, const FewRows& block);
 };
 
 // A row's gradient is soft·(p_T - t_T) + hard·(mass·p - q), with p_T and t_T the student's and the teacher's
@@ -84,6 +85,12 @@ struct PairKernels {
   void (*gradient)(const void* x, const void* t, const void* prior, void* g, int64_t n, const PairRow& row);
 };
 
+// Of class indices: how many are not ignored, and whether one of those is no class.
+struct TargetCount {
+  int64_t counted;
+  bool outside;
+};
+
 struct Kernels {
   RowKernels rows[kDtypes];
   PairKernels pairs[kDtypes];
@@ -91,6 +98,7 @@ struct Kernels {
   // high, low += x, where x is bfloat16, `high` the upper half of a float and `low` the byte below it, which `last`
   // rounds into `high`
   void (*add_split)(void* high, void* low, const void* x, int64_t n, bool last);
+  TargetCount (*count_targets)(const int64_t* target, int64_t n, int64_t ignored, int64_t k);
 };
 
 // clang knows the target pragma by another name; until someone measures it there, it gets the portable kernels.

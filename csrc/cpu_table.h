@@ -14,14 +14,15 @@ constexpr RowKernels row_kernels() {
 
 template <class T>
 constexpr BlockKernels block_kernels() {
-  return {transform<T>, sum<T>, spread<T>, mix<T>, target_gradient<T>, multiply<T>, few_stats<T>, few_gradient<T>};
+  return {transform<T>, sum<T>, spread<T>, mix<T>, target_gradient<T>, multiply<T>, few_forward<T>, few_backward<T>};
 }
 
 constexpr Kernels kTable = {
     {row_kernels<Half>(), row_kernels<BFloat16>(), row_kernels<float>(), row_kernels<double>()},
     {pair_kernels<Half>(), pair_kernels<BFloat16>(), pair_kernels<float>(), pair_kernels<double>()},
     {block_kernels<float>(), block_kernels<double>()},
-    add_split};
+    add_split,
+    count_targets};
 
 }  // namespace
 }  // namespace lsk

@@ -1,12 +1,15 @@
 // The Python module _C: loading it registers the operators; build_info() tells the doctor what runs.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <utility>
 
 #include "cpu_dispatch.h"
 #include "cuda/run.h"
+#include "direct.h"
 
 namespace {
 
@@ -35,6 +38,38 @@ pybind11::dict build_info() {
                         "cuda"_a = cuda, "architectures"_a = architectures);
 }
 
+std::optional<int64_t> whole_number(pybind11::handle h) {
+  if (!PyLong_CheckExact(h.ptr())) return {};
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(h.ptr(), &overflow);
+  return overflow == 0 ? std::optional(value) : std::nullopt;
+}
+
+std::optional<double> real_number(pybind11::handle h) {
+  if (PyFloat_CheckExact(h.ptr())) return PyFloat_AS_DOUBLE(h.ptr());
+  return whole_number(h);
+}
+
+// lsk::cross_entropy of any objects. Types are the very ones: a subclass has a meaning of its own.
+pybind11::object cross_entropy(pybind11::handle input, pybind11::handle target, pybind11::handle weight,
+                               pybind11::handle ignore_index, pybind11::handle reduction, pybind11::handle eps) {
+  const auto is_tensor = [](pybind11::handle h) { return THPVariable_CheckExact(h.ptr()); };
+  const std::optional<int64_t> ignored = whole_number(ignore_index);
+  const std::optional<double> e = real_number(eps);
+  if (!is_tensor(input) || !is_tensor(target) || !(weight.is_none() || is_tensor(weight)) || !ignored ||
+      !PyUnicode_CheckExact(reduction.ptr()) || !e)
+    return pybind11::none();
+  const at::Tensor x = THPVariable_Unpack(input.ptr()), y = THPVariable_Unpack(target.ptr());
+  const auto w = weight.is_none() ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(weight.ptr()));
+  const auto name = reduction.cast<std::string>();
+  std::optional<at::Tensor> loss;
+  {
+    const pybind11::gil_scoped_release released;
+    loss = lsk::cross_entropy(x, y, w, *ignored, name, *e);
+  }
+  return loss ? pybind11::cast(*loss) : pybind11::none();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -48,6 +83,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "The name of an instruction set and the reason for it, from the widths in bytes that PyTorch uses and the CPU "
       "has.");
+  m.def("cross_entropy", &cross_entropy,
+        "The loss of a call that needs no Python, None of another: (input, target, weight, ignore_index, reduction, "
+        "label_smoothing).");
 #if defined(LSK_CUDA)
   m.def("cuda_capability", &lsk::cuda_capability,
         "What the kernels for a GPU were compiled for; 0 if for none like it.");

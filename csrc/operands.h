@@ -84,7 +84,8 @@ inline void set_column(Column& column, OptionalTensor t, const char* name, const
 inline Column output_column(const Tensor& t, int64_t row = 0) {
   Column column;
   column.wide = t.scalar_type() == at::kDouble;
-  if (t.numel() > 0) column.data = static_cast<char*>(t.mutable_data_ptr()) + row * t.size(-1) * t.element_size();
+  if (t.numel() > 0) column.data = static_cast<char*>(t.mutable_data_ptr());
+  if (row > 0) column.data += row * t.size(-1) * t.element_size();
   return column;
 }
 

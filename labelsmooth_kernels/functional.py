@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference
+from . import backends, direct, ops, reference
 from .arguments import checks_names, known_size, same_shape, takes
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
@@ -123,6 +123,10 @@ def cross_entropy(
     al. 2019.
     """
     reduction = reduction_of(reduction, size_average, reduce)
+    if not options or options == {"backend": "cpu"}:
+        loss = direct.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        if loss is not None:
+            return loss
     options |= {
         "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing
     }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from . import backends
+from . import backends, direct
 from .arguments import checks_names, not_scriptable, takes
 from .functional import apply_spec
 from .linear import HEAD_PARAMETERS, LinearSpec, head_options, linear_cross_entropy, options_not_tiled
@@ -31,6 +31,8 @@ _HEAD_PARAMETERS = (
     *inspect.signature(LinearSpec).parameters.values(), *(p for p in HEAD_PARAMETERS if p.name not in _PER_CALL)
 )  # fmt: skip
 _DEFAULTS = {p.name: p.default for p in _MODULE_PARAMETERS}
+_OF_PYTORCH = ("weight", "ignore_index", "reduction", "label_smoothing")
+_BEYOND_PYTORCH = {name: default for name, default in _DEFAULTS.items() if name not in _OF_PYTORCH}
 
 
 Result = TypeVar("Result", default=Tensor)
@@ -145,6 +147,11 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
         row_weight: Tensor | None = None,
         normalizer: float | str | Tensor | None = None,
     ) -> Result:
+        if row_weight is None and normalizer is None and _BEYOND_PYTORCH.items() <= self.__dict__.items():
+            eps = self.label_smoothing
+            loss = direct.cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, eps)
+            if loss is not None:
+                return loss  # type: ignore[return-value]
         options = {**self._options(), "row_weight": row_weight, "normalizer": normalizer}
         return apply_spec(input, target, LossSpec.of(options))  # type: ignore[return-value]  # as __init__ was told
 

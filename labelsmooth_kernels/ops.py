@@ -73,6 +73,19 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # the sum into high. The C++ extension has it, for sums of many bfloat16 products in little more than their own memory.
 LIBRARY.define("cpu_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor x, bool last) -> ()")
 
+# The mean or sum of a call with no other options, and what autograd wants of it: one operator, where `cpu_forward` and
+# the operations of a reduction are nine. ``loss`` () and ``scale`` (1,) are acc. A mean divides by the number of rows
+# that count, with index targets and ``weight`` by Σ w_y; ``scale`` is one over that, and 1 for a sum. ``saved`` is that
+# of `cpu_forward` and ``grad`` the gradient of the loss; they have no elements unless asked for.
+LIBRARY.define(
+    "cpu_reduced(Tensor logits, Tensor target, Tensor? weight, float eps, int ignore_index, bool mean, "
+    "bool with_saved, bool with_grad) -> (Tensor loss, Tensor scale, Tensor saved, Tensor grad)"
+)
+# The gradient of Σ scale·loss in the logits, with one factor or one per row: differentiable, unlike `cpu_backward`.
+LIBRARY.define(
+    "cpu_gradient(Tensor logits, Tensor target, Tensor? weight, Tensor scale, float eps, int ignore_index) -> Tensor"
+)
+
 
 class RowCall(NamedTuple):
     """What every operator takes between its logits and what is its own, in the order of the schemas."""
@@ -134,6 +147,17 @@ def _fake_backward(logits: Tensor, *call: object) -> Tensor:
 
 def _fake_target_grad(logits: Tensor, target: Tensor, *call: object) -> Tensor:
     return torch.empty_like(target)
+
+
+def _fake_reduced(logits: Tensor, *call: object) -> tuple[Tensor, ...]:
+    *_, with_saved, with_grad = call
+    loss, saved, _, _ = row_fakes(logits, 0)
+    shapes = (), (1,), saved.shape if with_saved else (4, 0)
+    grad = torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    return *(loss.new_empty(shape) for shape in shapes), grad
+
+
+torch.library.register_fake(f"{NAMESPACE}::cpu_reduced", _fake_reduced, lib=LIBRARY)
 
 
 def _fake_nothing(tensor: Tensor, *call: object) -> None:

@@ -253,13 +253,13 @@ def test_means_of_many_rows(compiled: Place, k: int, reduction: str) -> None:
 
 
 def test_the_kernels_know_every_row_operator(compiled: Place) -> None:
-    """The gradient of saved rows is the one that comes with the loss, bit for bit."""
+    """The gradient of saved rows is the one that comes with the loss, but for the roundings of lse."""
     kernels = backends.BACKENDS[compiled[0]].kernels
     assert kernels is not None
     x, y = drawn(ROWS, 10)
     row = (y, None, None, EPS, None, None, -100, False, False, 0.0, 0.0, 1.0, None)
     loss, saved, _, _, grad = kernels.forward(x, *row, True, 0)
-    assert torch.equal(kernels.backward(x, *row, saved), grad)
+    torch.testing.assert_close(kernels.backward(x, *row, saved), grad, rtol=2e-6, atol=2e-7)
     other = x.clone()
     assert torch.equal(kernels.forward_(other, *row, 0)[0], loss)
     assert torch.equal(other, grad)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
 FLOORS = """arguments fusing options | spec | reference ops | backends conventions reliability | autograd chunked |
-    functional linear_autograd shards | targets ranks distillation_autograd | linear | classwise |
+    direct | functional linear_autograd shards | targets ranks distillation_autograd | linear | classwise |
     parallel_rows calibration distillation representation | parallel_linear smoothing | parallel |
     modules doctor dtensor flops | __init__ __main__"""
 LATE = {("functional", "dtensor"), ("linear", "dtensor")}

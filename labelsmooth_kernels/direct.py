@@ -1,0 +1,50 @@
+"""Calls of ``F.cross_entropy``'s own kind, which the compiled extension serves from their arguments to a loss that
+autograd knows: csrc/direct.cpp. Small calls are a matter of the host's time, which this is about."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .autograd import LOGITS, Gradient, row_arguments
+from .ops import LIBRARY
+from .spec import LossSpec, Rows
+
+
+@functools.cache
+def _extension() -> Any:
+    return None if backends.BACKENDS["cpu"].unavailable() else importlib.import_module("labelsmooth_kernels._C")
+
+
+def cross_entropy(
+    input: object, target: object, weight: object, ignore_index: object, reduction: object, eps: object
+) -> Tensor | None:
+    """Return the loss of logits on the CPU; None where the gate has to look at the call: for other tensors,
+    while PyTorch traces or transforms, and where something is wrong."""
+    if torch.compiler.is_compiling() or (extension := _extension()) is None:
+        return None
+    return extension.cross_entropy(input, target, weight, ignore_index, reduction, eps)  # type: ignore[no-any-return]
+
+
+def _gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, eps: float, ignore_index: int
+) -> Tensor:
+    """The operator ``cpu_gradient``: how the extension's backward is differentiated again."""
+    spec = LossSpec(weight=weight, label_smoothing=eps, ignore_index=ignore_index)
+    rows, kernels = Rows(spec, logits, target, weight, None, eps, None), backends.kernels_of("cpu")
+    with torch.no_grad():
+        _, saved, *_ = kernels.forward(logits, *row_arguments(rows, None), False, 0)
+    tensors = (logits, target, weight, None, None, saved, scale.expand(rows.n))
+    return Gradient.apply(*tensors, eps, spec, kernels, LOGITS)  # type: ignore[no-any-return, no-untyped-call]
+
+
+for _key in (
+    "CompositeImplicitAutograd",
+    "FuncTorchDynamicLayerFrontMode",
+):  # whole, also where torch.func wraps tensors
+    LIBRARY.impl("cpu_gradient", _gradient, _key)
