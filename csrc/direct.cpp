@@ -102,6 +102,11 @@ bool transformed() {  // torch.func is at work
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// The gradient is asked for as a function: by autograd, by torch.func or by forward mode.
+bool differentiated(const Tensor& upstream) {
+  return at::GradMode::is_enabled() || transformed() || upstream._fw_grad(0).defined();
+}
+
 // The loss, by the reduction one number or one of each row.
 struct Loss : Function<Loss> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const Options& options,
@@ -129,7 +134,7 @@ struct Loss : Function<Loss> {
     const variable_list t = ctx->get_saved_variables();
     const Tensor &input = t[0], &target = t[1], &weight = t[2], &scale = t[3], &saved = t[4];
     Tensor grad = t[5], upstream = scale.defined() ? upstreams[0] : upstreams[0].reshape(-1);
-    const bool again = at::GradMode::is_enabled() || transformed(), wrapped = at::isTensorSubclassLike(upstream);
+    const bool again = differentiated(upstream), wrapped = at::isTensorSubclassLike(upstream);
     if (!again && grad.defined()) {
       if (wrapped || torch::autograd::get_current_graph_task_keep_graph())
         grad = grad * upstream;
