@@ -9,6 +9,8 @@ gradients of more than the logits; torch.compile, where no in-place scaling is s
 forward saves four numbers per row, the backward reads the logits again. Three units, nothing of N×K saved but the
 logits.
 
+``csrc/direct.cpp`` states both once more, for calls on a CPU with no options but PyTorch's.
+
 Second derivatives, and the tangents of forward mode, differentiate the closed form of the gradient that
 ``reference.logit_gradient`` states. Under vmap the batch becomes more rows of one call.
 """

@@ -1,5 +1,5 @@
-"""Calls of ``F.cross_entropy``'s own kind, which the compiled extension serves from their arguments to a loss that
-autograd knows: csrc/direct.cpp. Small calls are a matter of the host's time, which this is about."""
+"""Calls with the arguments of ``F.cross_entropy`` alone, which the compiled extension serves on a CPU from there to
+autograd's node (csrc/direct.cpp): where rows are few, Python takes most of the time of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The public function: one gate, one choice of backend, one autograd.Function for each form, one reduction."""
+"""The public function: one gate, one choice of backend, one autograd.Function for each form, one reduction. Calls with
+PyTorch's arguments alone go round them on a CPU (``direct``)."""
 
 from __future__ import annotations
 
