@@ -75,7 +75,7 @@ struct Call {
   // Whether the CPU's lanes are rows: at 100 adjacent classes these take 0.8 (float32) and 0.4 (bfloat16) of the cycles
   // that classes in lanes take, at 256 classes 1.6 and 0.95 (AVX2). Classes apart have to be transposed otherwise.
   LSK_MEMBER bool few() const {
-    return target != nullptr && !finite && !spreads() && softcap == 0 && k <= (logits.class_stride == 1 ? 128 : 256);
+    return !finite && !spreads() && softcap == 0 && !grad_of_target && k <= (logits.class_stride == 1 ? 128 : 256);
   }
   // The sums of Spread are asked for.
   LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }

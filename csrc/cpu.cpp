@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -11,6 +12,55 @@
 
 namespace lsk {
 namespace {
+
+// The blocks are the same for any number of threads, and so are the bits.
+template <class F>
+double sum_of_blocks(int64_t n, const F& f) {
+  constexpr int64_t kBlock = 4096, kGrain = 4;  // rows of a block, blocks that are worth waking a thread for
+  if (n <= kBlock) return f(int64_t(0), n);
+  std::vector<double> sums((n + kBlock - 1) / kBlock);
+  at::parallel_for(0, sums.size(), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) sums[b] = f(b * kBlock, std::min(n, (b + 1) * kBlock));
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// How many rows count, once every target is known to be a class or ignored.
+double count_rows(const Call& call) {
+  if (call.target == nullptr) return double(call.n);
+  const double counted = sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
+    const TargetCount found = cpu_kernels().count_targets(call.target + begin, end - begin, call.ignore_index, call.k);
+    return found.outside ? NAN : double(found.counted);
+  });
+  if (std::isnan(counted))
+    for (int64_t i = 0; i < call.n; ++i)
+      TORCH_CHECK_INDEX(call.valid(i), "target[", i, "] = ", call.target[i], " is outside [0, ", call.k,
+                        ") and is not ignore_index (", call.ignore_index, ")");
+  return counted;
+}
+
+// Σ w_y of the rows that count.
+double total_weight(const Call& call) {
+  return sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += call.ignored(i) ? 0 : call.weight[call.target[i]];
+    return sum;
+  });
+}
+
+// Σ loss, in float64: at the start of a training all losses are alike, and float32 would round them in one direction.
+template <class T>
+double total_loss(const Call& call) {
+  const T* loss = reinterpret_cast<const T*>(call.loss.data);
+  return sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
+    double sums[4] = {};  // four, because a sum waits for the one before
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4)
+      for (int j = 0; j < 4; ++j) sums[j] += loss[i + j];
+    for (; i < end; ++i) sums[0] += loss[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  });
+}
 
 struct Cpu {
   static Tensor fresh(Tensor untouched) { return in_large_pages(std::move(untouched)); }
@@ -33,60 +83,24 @@ struct Cpu {
     else
       rows.copy_(rows.to(acc_dtype(rows)).mul_(factor));
   }
-
-  // How many rows count, once every target is known to be a class or ignored.
-  static double count_rows(const Call& call) {
-    if (call.target == nullptr) return double(call.n);
-    const double counted = sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
-      const TargetCount found =
-          cpu_kernels().count_targets(call.target + begin, end - begin, call.ignore_index, call.k);
-      return found.outside ? NAN : double(found.counted);
-    });
-    for (int64_t i = 0; counted != counted && i < call.n; ++i)
-      TORCH_CHECK_INDEX(call.valid(i), "target[", i, "] = ", call.target[i], " is outside [0, ", call.k,
-                        ") and is not ignore_index (", call.ignore_index, ")");
-    return counted;
-  }
-
-  // Σ w_y of the rows that count.
-  static double total_weight(const Call& call) {
-    return sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
-      double sum = 0;
-      for (int64_t i = begin; i < end; ++i) sum += call.ignored(i) ? 0 : call.weight[call.target[i]];
-      return sum;
-    });
-  }
-
-  // The blocks are the same for any number of threads, and so are the bits.
-  template <class F>
-  static double sum_of_blocks(int64_t n, const F& f) {
-    constexpr int64_t kBlock = 4096;
-    if (n <= kBlock) return f(int64_t(0), n);
-    std::vector<double> sums((n + kBlock - 1) / kBlock);
-    at::parallel_for(0, sums.size(), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) sums[b] = f(b * kBlock, std::min(n, (b + 1) * kBlock));
-    });
-    return std::accumulate(sums.begin(), sums.end(), 0.0);
-  }
 };
 
-Tensor number(double value, at::IntArrayRef shape, const at::TensorOptions& options) {
+Tensor tensor_of(double value, at::IntArrayRef shape, const at::TensorOptions& options) {
   const Tensor t = at::empty(shape, options);
   output_column(t).set(0, value);
   return t;
 }
 
-// A scalar loss with its gradient: see cpu_reduced in ops.py.
-std::tuple<Tensor, Tensor, Tensor, Tensor> reduced(const Tensor& logits, const Tensor& target, OptionalTensor weight,
-                                                   double eps, int64_t ignore_index, bool mean, bool with_saved,
-                                                   bool with_grad) {
+// (loss, scale, saved, grad) of a mean or sum: see cpu_reduced in ops.py.
+Results reduced(const Tensor& logits, const Tensor& target, OptionalTensor weight, double eps, int64_t ignore_index,
+                bool mean, bool with_saved, bool with_grad) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Prepared p(logits, false, target, weight, {}, eps, {}, {}, ignore_index, false, false, 0, 0, 1, {});
   Call& call = p.call;
   const auto options = logits.options().dtype(acc_dtype(logits));
-  const double counted = Cpu::count_rows(call);
-  const double divisor = weight && call.target != nullptr ? Cpu::total_weight(call) : counted;
-  const Tensor scale = number(mean ? 1 / divisor : 1, {1}, options);
+  const double counted = count_rows(call);
+  const double divisor = weight && call.target != nullptr ? total_weight(call) : counted;
+  const Tensor scale = tensor_of(mean ? 1 / divisor : 1, {1}, options);
   set_column(call.scale, scale, "scale", logits, call.n, true);
   const Tensor grad = with_grad ? Cpu::fresh(at::empty_like(logits)) : at::empty({0}, logits.options());
   if (with_grad) call.grad = view_of(grad, "grad", true);
@@ -97,11 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduced(const Tensor& logits, const T
   const Tensor saved = Cpu::fresh(at::empty({4, stored ? call.n : 0}, options));
   if (stored) p.set_saved(saved);
   run_forward(call);
-  const double total = Cpu::sum_of_blocks(call.n, [&](int64_t begin, int64_t end) {
-    return cpu_kernels().blocks[call.wide].sum(call.loss.at(begin), end - begin);
-  });
-  return {number(mean ? total / divisor : total, {}, options), scale, with_saved ? saved : at::empty({4, 0}, options),
-          grad};
+  const double total = call.wide ? total_loss<double>(call) : total_loss<float>(call);
+  return {tensor_of(mean ? total / divisor : total, {}, options), scale,
+          with_saved ? saved : at::empty({4, 0}, options), grad};
 }
 
 // high + low += x: see Kernels::add_split.

@@ -30,15 +30,15 @@ class Block {
         kernels_(cpu_kernels().blocks[call.wide]),
         // A vector may reach beyond the last row; and no power of two, which would strain few cache sets.
         pitch_(rows + kWidest),
-        z_(static_cast<char*>(::operator new(call.k * pitch_ * width(), std::align_val_t(64)))),
-        block_{z_.get(), pitch_, 0, 0, call.rest ? kernels_.sum(call.rest.data, call.k) : double(call.k)} {}
+        z_(fresh()),
+        t_(call.probabilities ? fresh() : nullptr),
+        block_{z_.get(), t_.get(), pitch_, 0, 0, call.rest ? kernels_.sum(call.rest.data, call.k) : double(call.k)} {}
 
   void run(int64_t row, int64_t rows, bool forward) {
     block_.row = row;
     block_.rows = rows;
-    for_pieces(call_.logits, [&](char* x, const Tile& tile, char* z) {
-      cpu_kernels().rows[call_.logits.dtype].gather(x, tile, z, pitch_);
-    });
+    gather(call_.logits, z_);
+    if (t_) gather(call_.probabilities, t_);
     if (call_.factor() != 1)
       for (int64_t k = 0; k < call_.k; ++k) {
         char* z = z_.get() + k * pitch_ * width();
@@ -46,29 +46,40 @@ class Block {
       }
     (forward ? kernels_.few_forward : kernels_.few_backward)(call_, block_);
     if (!call_.grad) return;
-    for_pieces(call_.grad, [&](char* g, const Tile& tile, char* z) {
+    for_pieces(call_.grad, z_, [&](char* g, const Tile& tile, char* z) {
       cpu_kernels().rows[call_.grad.dtype].scatter(g, tile, z, pitch_);
     });
   }
 
  private:
+  using Memory = std::unique_ptr<char, Free>;
+
   int64_t width() const { return call_.wide ? 8 : 4; }
+
+  Memory fresh() const {
+    return Memory(static_cast<char*>(::operator new(call_.k * pitch_ * width(), std::align_val_t(64))));
+  }
+
+  void gather(const View& view, const Memory& block) {
+    for_pieces(view, block,
+               [&](char* x, const Tile& tile, char* z) { cpu_kernels().rows[view.dtype].gather(x, tile, z, pitch_); });
+  }
 
   // f of each part of the block whose rows are evenly spaced: with rows and classes exchanged, gather and scatter
   // transpose. What a vector writes beyond a part is the next one's, which comes later.
   template <class F>
-  void for_pieces(const View& view, const F& f) {
+  void for_pieces(const View& view, const Memory& block, const F& f) {
     for (int64_t r = 0, n; r < block_.rows; r += n) {
       const int64_t row = block_.row + r;
       n = std::min(block_.rows - r, view.inner - row % view.inner);
-      f(view.at(row, 0), Tile{call_.k, n, view.class_stride, view.row_stride}, z_.get() + r * width());
+      f(view.at(row, 0), Tile{call_.k, n, view.class_stride, view.row_stride}, block.get() + r * width());
     }
   }
 
   const Call& call_;
   const BlockKernels& kernels_;
   const int64_t pitch_;
-  std::unique_ptr<char, Free> z_;
+  const Memory z_, t_;
   FewRows block_;
 };
 

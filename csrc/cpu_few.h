@@ -62,7 +62,8 @@ LSK_INLINE void set_rows(const Column& column, int64_t row, int64_t n, Vec<T> va
   if (column) place(reinterpret_cast<T*>(column.data) + row, 1, n, values);
 }
 
-// The targets of n rows: -1 where they are ignored; their weights w and r, and those of every row, a and b.
+// The targets of n rows: -1 where they are ignored, K where they are probabilities; the weights w and r of their
+// classes, and those of every row, a and b.
 template <class T>
 struct Targets {
   Signed<T> y;
@@ -70,13 +71,15 @@ struct Targets {
   Weights<Vec<T>> w;
 
   Targets(const Call& call, Vec<T> count, int64_t row, int64_t n) {
+    w = weights(of_rows<T>(call.eps, row, n), count, call.others);
+    y = Signed<T>{} + typename Lanes<T>::Signed(call.k);
+    if (call.target == nullptr) return;
     using Wide = typename VectorOf<int64_t, kWidth<T>>::type;
     Wide class_of = Wide{} + call.ignore_index;
     __builtin_memcpy(&class_of, call.target + row, sizeof(int64_t) * (n < kWidth<T> ? n : kWidth<T>));
     y = __builtin_convertvector(class_of == call.ignore_index ? Wide{} - 1 : class_of, Signed<T>);
     if (call.weight) weight = of_classes(call.weight);
     if (call.rest) rest = of_classes(call.rest);
-    w = weights(of_rows<T>(call.eps, row, n), count, call.others);
   }
 
  private:
@@ -90,43 +93,54 @@ struct Targets {
 // Classes that are summed before their sum is added: 256 terms, one by one, lost as much as the tests allow (ε = 1).
 constexpr int64_t kTogether = 16;
 
-// Sums over the classes of a vector of rows, whose logits lie `pitch` apart. As in Sums, the terms of the maximum are
-// counted and not added.
-template <class T>
+// Sums over the classes of a vector of rows, whose logits lie `pitch` apart, and probabilities t where kSoft. As in
+// Sums, the terms of the maximum are counted and not added.
+template <class T, bool kSoft>
 struct Columns {
   Stats<Vec<T>> stats = {};
   Vec<T> shift, beyond;  // origin(max); Σ exp(z - shift) - 1
 
   // With `keep` Σ's terms exp(z - shift) take the place of z.
-  Columns(T* z, const FewRows& block, const T* rest, const Targets<T>& target, int64_t k, bool keep) {
+  Columns(T* z, const T* t, int64_t pitch, const Targets<T>& target, const Call& call, bool keep) {
+    const T *rest = reinterpret_cast<const T*>(call.rest.data), *weight = reinterpret_cast<const T*>(call.weight.data);
     Vec<T> top = splat<T>(-INFINITY), exps = {}, tops = {}, dev = {}, hot = {};
-    for (int64_t c = 0; c < k; ++c) top = larger(widen(z + c * block.pitch), top);
+    Moments<Vec<T>> wt = {}, given = {};
+    for (int64_t c = 0; c < call.k; ++c) top = larger(widen(z + c * pitch), top);
     shift = origin(top);
-    for (int64_t c = 0; c < k;) {
+    for (int64_t c = 0; c < call.k;) {
       Vec<T> some_exps = {}, some_dev = {};
-      for (const int64_t end = c + kTogether < k ? c + kTogether : k; c < end; ++c) {
-        const Vec<T> d = widen(z + c * block.pitch) - shift;
+      Moments<Vec<T>> some_wt = {}, some_t = {};
+      for (const int64_t end = c + kTogether < call.k ? c + kTogether : call.k; c < end; ++c) {
+        const Vec<T> d = widen(z + c * pitch) - shift;
         const auto other = d != 0;
         const Vec<T> e = exp_nonpositive(d);
-        if (keep) narrow(z + c * block.pitch, e);
+        if (keep) narrow(z + c * pitch, e);
         some_exps += other ? e : Vec<T>{};
         tops = other ? tops : tops + 1;
         const T share = rest == nullptr ? 1 : rest[c];
         if (share != 0) some_dev += share * d;
-        hot = target.y == typename Lanes<T>::Signed(c) ? d : hot;
+        if constexpr (kSoft) {
+          const Vec<T> q = widen(t + c * pitch), wq = weight == nullptr ? q : weight[c] * q;
+          some_t = both(some_t, {q, weighted(q, d)});
+          some_wt = both(some_wt, {wq, weighted(wq, d)});
+        } else {
+          hot = target.y == typename Lanes<T>::Signed(c) ? d : hot;
+        }
       }
       exps += some_exps;
       dev += some_dev;
+      given = both(given, some_t);
+      wt = both(wt, some_wt);
     }
     stats.max = top;
     stats.rest.dev = dev;
-    stats.wt.dev = weighted(target.weight, hot);
-    stats.t.dev = hot;
+    stats.wt = kSoft ? wt : Moments<Vec<T>>{target.weight, weighted(target.weight, hot)};
+    stats.t = kSoft ? given : Moments<Vec<T>>{splat<T>(1), hot};
     beyond = (tops - 1) + exps;
   }
 };
 
-// The first class of the maximum; in a row of NaNs any.
+// The first class of the maximum; NaNs are none, and a row of them has class 0.
 template <class T>
 LSK_INLINE void predict(const T* z, int64_t pitch, int64_t k, int64_t n, int64_t* prediction) {
   Vec<T> top = splat<T>(-INFINITY);
@@ -139,59 +153,70 @@ LSK_INLINE void predict(const T* z, int64_t pitch, int64_t k, int64_t n, int64_t
   for (int64_t l = 0; l < (n < kWidth<T> ? n : kWidth<T>); ++l) prediction[l] = best[l];
 }
 
-// The gradients of a vector of rows, from what lies in their place; p of that is their probability. `mass` is with the
-// z-loss.
+// Writes the gradients of a vector of rows over z, from which `p` makes the probabilities: there are the logits, or
+// what Columns left. `mass` includes the part of the z-loss.
 template <class T, class P>
-LSK_INLINE void gradients(const Call& call, T* z, int64_t pitch, int64_t row, int64_t n, const Targets<T>& target,
-                          Vec<T> mass, const P& p) {
-  const T* rest = reinterpret_cast<const T*>(call.rest.data);
+LSK_INLINE void gradients(const Call& call, T* z, const T* t, int64_t pitch, int64_t row, int64_t n,
+                          const Targets<T>& target, Vec<T> mass, const P& p) {
+  const T *rest = reinterpret_cast<const T*>(call.rest.data), *weight = reinterpret_cast<const T*>(call.weight.data);
   const Vec<T> factor = of_rows<T>(call.scale, row, n) * T(call.logit_scale);
   const Vec<T> q_target = target.w.a * target.weight + target.w.b * target.rest;
   const auto kept = target.y >= 0;
   for (int64_t c = 0; c < call.k; ++c) {
-    const Vec<T> q = rest == nullptr ? target.w.b : target.w.b * rest[c];
-    const Vec<T> d = dz(mass, p(widen(z + c * pitch)), target.y == typename Lanes<T>::Signed(c) ? q_target : q);
+    Vec<T> q = rest == nullptr ? target.w.b : target.w.b * rest[c];
+    if (t != nullptr)
+      q += target.w.a * (weight == nullptr ? widen(t + c * pitch) : weight[c] * widen(t + c * pitch));
+    else
+      q = target.y == typename Lanes<T>::Signed(c) ? q_target : q;
+    const Vec<T> d = dz(mass, p(widen(z + c * pitch)), q);
     narrow(z + c * pitch, kept ? factor * d : Vec<T>{});
   }
 }
 
-template <class T>
-void few_forward(const Call& call, const FewRows& block) {
-  const T* rest = reinterpret_cast<const T*>(call.rest.data);
+template <class T, bool kSoft>
+LSK_INLINE void forward_of(const Call& call, const FewRows& block) {
   const Vec<T> covered = splat<T>(call.prior ? 1 : call.k), none = {};
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
     T* z = static_cast<T*>(block.z) + r;
+    const T* t = kSoft ? static_cast<const T*>(block.t) + r : nullptr;
     const int64_t row = block.row + r, n = block.rows - r;
     const Targets<T> target(call, covered, row, n);
     if (call.prediction != nullptr) predict(z, block.pitch, call.k, n, call.prediction + row);
-    const Columns<T> sums(z, block, rest, target, call.k, bool(call.grad));
-    const Vec<T> logsum = log_one_plus(sums.beyond), top = sums.stats.max, one = splat<T>(1);
+    const Columns<T, kSoft> sums(z, t, block.pitch, target, call, bool(call.grad));
+    const Stats<Vec<T>>& s = sums.stats;
+    const Vec<T> logsum = log_one_plus(sums.beyond), top = s.max;
     const Weights<Vec<T>> w = target.w;
-    const Vec<T> mass = rest == nullptr ? one : w.a * target.weight + w.b * T(block.rest_mass);
+    const Vec<T> mass = kSoft || call.rest ? w.a * s.wt.mass + w.b * T(block.rest_mass) : splat<T>(1);
     const auto out = target.y < 0, unread = call.prediction == nullptr ? out : out & 0;
     set_rows<T>(call.zmax, row, n, unread ? none : top);
     set_rows<T>(call.logsum, row, n, unread ? none : logsum);
     set_rows<T>(call.mass, row, n, unread ? none : mass);
     set_rows<T>(call.count, row, n, unread ? none : covered);
-    const Vec<T> loss = row_loss(mass, logsum, w, sums.stats, splat<T>(call.z_loss));
+    const Vec<T> loss = row_loss(mass, logsum, w, s, splat<T>(call.z_loss));
     set_rows<T>(call.loss, row, n, out ? none : loss);
-    set_rows<T>(call.nll, row, n, out ? none : logsum - sums.stats.t.dev);
+    set_rows<T>(call.nll, row, n, out ? none : s.t.mass * logsum - s.t.dev);
     if (call.grad) {
       const Vec<T> share = 1 / (1 + sums.beyond);
-      gradients(call, z, block.pitch, row, n, target, mass + T(2 * call.z_loss) * (top + logsum),
+      gradients(call, z, t, block.pitch, row, n, target, mass + T(2 * call.z_loss) * (top + logsum),
                 [&](Vec<T> e) __attribute__((always_inline)) { return e * share; });
     }
   }
 }
 
 template <class T>
+void few_forward(const Call& call, const FewRows& block) {
+  block.t == nullptr ? forward_of<T, false>(call, block) : forward_of<T, true>(call, block);
+}
+
+template <class T>
 void few_backward(const Call& call, const FewRows& block) {
   for (int64_t r = 0; r < block.rows; r += kWidth<T>) {
     const int64_t row = block.row + r, n = block.rows - r;
+    const T* t = block.t == nullptr ? nullptr : static_cast<const T*>(block.t) + r;
     const Targets<T> target(call, of_rows<T>(call.count, row, n), row, n);
     const Vec<T> zmax = of_rows<T>(call.zmax, row, n), logsum = of_rows<T>(call.logsum, row, n);
     const Vec<T> mass = of_rows<T>(call.mass, row, n) + T(2 * call.z_loss) * (zmax + logsum);
-    gradients(call, static_cast<T*>(block.z) + r, block.pitch, row, n, target, mass,
+    gradients(call, static_cast<T*>(block.z) + r, t, block.pitch, row, n, target, mass,
               [&](Vec<T> z) __attribute__((always_inline)) { return exp_nonpositive((z - zmax) - logsum); });
   }
 }

@@ -48,6 +48,7 @@ struct RowKernels {
 // z[k·pitch + r]. Rows are padded up to a multiple of 16.
 struct FewRows {
   void* z;
+  const void* t;  // class probabilities, where they lie like z; null for index targets
   int64_t pitch, row, rows;
   double rest_mass;  // Σ r
 };
@@ -64,8 +65,8 @@ struct BlockKernels {
   void (*target_gradient)(const void* x, const void* q, void* g, int64_t n, const GradientRow& row);
   // x·y, which may be x
   void (*multiply)(const void* x, const void* y, void* product, int64_t n);
-  // Of a call with index targets: stores what Call::store does, and puts the gradient, if asked for, in the place of z;
-  // the gradient of stored rows.
+  // few_forward stores what Call::store does, and writes the gradient, where it is asked for, over z. few_backward
+  // writes the gradient of stored rows.
   void (*few_forward)(const Call& call, const FewRows& block);
   void (*few_backward)(const Call& call, const FewRows& block);
 };

@@ -50,22 +50,30 @@ std::optional<double> real_number(pybind11::handle h) {
   return whole_number(h);
 }
 
-// lsk::cross_entropy of any objects. Types are the very ones: a subclass has a meaning of its own.
+std::optional<lsk::Reduction> reduction_named(pybind11::handle h) {
+  if (!PyUnicode_CheckExact(h.ptr())) return {};
+  const auto is = [&](const char* name) { return PyUnicode_CompareWithASCIIString(h.ptr(), name) == 0; };
+  if (is("mean")) return lsk::Reduction::kMean;
+  if (is("sum")) return lsk::Reduction::kSum;
+  return is("none") ? std::optional(lsk::Reduction::kNone) : std::nullopt;
+}
+
+// lsk::cross_entropy of any objects. Those of a subclass (a bool, a tensor with __torch_function__) are left to Python.
 pybind11::object cross_entropy(pybind11::handle input, pybind11::handle target, pybind11::handle weight,
                                pybind11::handle ignore_index, pybind11::handle reduction, pybind11::handle eps) {
   const auto is_tensor = [](pybind11::handle h) { return THPVariable_CheckExact(h.ptr()); };
-  const std::optional<int64_t> ignored = whole_number(ignore_index);
-  const std::optional<double> e = real_number(eps);
-  if (!is_tensor(input) || !is_tensor(target) || !(weight.is_none() || is_tensor(weight)) || !ignored ||
-      !PyUnicode_CheckExact(reduction.ptr()) || !e)
+  const auto ignored = whole_number(ignore_index);
+  const auto reduced = reduction_named(reduction);
+  const auto smoothing = real_number(eps);
+  if (!is_tensor(input) || !is_tensor(target) || !(weight.is_none() || is_tensor(weight)) || !ignored || !reduced ||
+      !smoothing)
     return pybind11::none();
   const at::Tensor x = THPVariable_Unpack(input.ptr()), y = THPVariable_Unpack(target.ptr());
   const auto w = weight.is_none() ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(weight.ptr()));
-  const auto name = reduction.cast<std::string>();
   std::optional<at::Tensor> loss;
   {
     const pybind11::gil_scoped_release released;
-    loss = lsk::cross_entropy(x, y, w, *ignored, name, *e);
+    loss = lsk::cross_entropy(x, y, w, *ignored, *reduced, *smoothing);
   }
   return loss ? pybind11::cast(*loss) : pybind11::none();
 }

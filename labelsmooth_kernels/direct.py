@@ -21,6 +21,11 @@ def _extension() -> Any:
     return None if backends.BACKENDS["cpu"].unavailable() else importlib.import_module("labelsmooth_kernels._C")
 
 
+def is_default(backend: object) -> bool:
+    """Return whether a backend is the one that serves a call here anyway."""
+    return backend is None or (type(backend) is str and backend == "cpu")
+
+
 def cross_entropy(
     input: object, target: object, weight: object, ignore_index: object, reduction: object, eps: object
 ) -> Tensor | None:
@@ -35,7 +40,7 @@ def _gradient(
     logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, eps: float, ignore_index: int
 ) -> Tensor:
     """The operator ``cpu_gradient``: how the extension's backward is differentiated again."""
-    spec = LossSpec(weight=weight, label_smoothing=eps, ignore_index=ignore_index)
+    spec = LossSpec(label_smoothing=eps, ignore_index=ignore_index)
     rows, kernels = Rows(spec, logits, target, weight, None, eps, None), backends.kernels_of("cpu")
     with torch.no_grad():
         _, saved, *_ = kernels.forward(logits, *row_arguments(rows, None), False, 0)
@@ -43,8 +48,6 @@ def _gradient(
     return Gradient.apply(*tensors, eps, spec, kernels, LOGITS)  # type: ignore[no-any-return, no-untyped-call]
 
 
-for _key in (
-    "CompositeImplicitAutograd",
-    "FuncTorchDynamicLayerFrontMode",
-):  # whole, also where torch.func wraps tensors
-    LIBRARY.impl("cpu_gradient", _gradient, _key)
+# torch.func would otherwise take it for one operator without a rule of its own.
+LIBRARY.impl("cpu_gradient", _gradient, "CompositeImplicitAutograd")
+LIBRARY.impl("cpu_gradient", _gradient, "FuncTorchDynamicLayerFrontMode")

@@ -124,7 +124,7 @@ def cross_entropy(
     al. 2019.
     """
     reduction = reduction_of(reduction, size_average, reduce)
-    if not options or options == {"backend": "cpu"}:
+    if not options or (options.keys() == {"backend"} and direct.is_default(options["backend"])):
         loss = direct.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss

@@ -32,7 +32,7 @@ _HEAD_PARAMETERS = (
 )  # fmt: skip
 _DEFAULTS = {p.name: p.default for p in _MODULE_PARAMETERS}
 _OF_PYTORCH = ("weight", "ignore_index", "reduction", "label_smoothing")
-_BEYOND_PYTORCH = {name: default for name, default in _DEFAULTS.items() if name not in _OF_PYTORCH}
+_BEYOND_PYTORCH = [(name, v, type(v)) for name, v in _DEFAULTS.items() if name not in (*_OF_PYTORCH, "backend")]
 
 
 Result = TypeVar("Result", default=Tensor)
@@ -139,6 +139,12 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
         eps = options["label_smoothing"]
         return {**options, "label_smoothing": eps.eps} if isinstance(eps, Schedule) else options
 
+    def _is_pytorchs(self) -> bool:
+        """Whether no option is set that PyTorch lacks. Values of a wrong type are left to the gate to refuse."""
+        own = self.__dict__  # numbers and words; tensors are buffers
+        plain = all(type(own.get(name)) is kind and own[name] == value for name, value, kind in _BEYOND_PYTORCH)
+        return plain and direct.is_default(own.get("backend", ""))
+
     def forward(
         self,
         input: Tensor,
@@ -147,7 +153,7 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
         row_weight: Tensor | None = None,
         normalizer: float | str | Tensor | None = None,
     ) -> Result:
-        if row_weight is None and normalizer is None and _BEYOND_PYTORCH.items() <= self.__dict__.items():
+        if row_weight is None and normalizer is None and not torch.compiler.is_compiling() and self._is_pytorchs():
             eps = self.label_smoothing
             loss = direct.cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, eps)
             if loss is not None:

@@ -73,10 +73,10 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # the sum into high. The C++ extension has it, for sums of many bfloat16 products in little more than their own memory.
 LIBRARY.define("cpu_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor x, bool last) -> ()")
 
-# The mean or sum of a call with no other options, and what autograd wants of it: one operator, where `cpu_forward` and
-# the operations of a reduction are nine. ``loss`` () and ``scale`` (1,) are acc. A mean divides by the number of rows
-# that count, with index targets and ``weight`` by Σ w_y; ``scale`` is one over that, and 1 for a sum. ``saved`` is that
-# of `cpu_forward` and ``grad`` the gradient of the loss; they have no elements unless asked for.
+# The mean or sum of a call with no other options, and what autograd wants of it: one operator in the place of
+# `cpu_forward` and eight operations of PyTorch. ``loss`` () and ``scale`` (1,) are acc. A mean divides by the number of
+# rows that count, with index targets and ``weight`` by Σ w_y; ``scale`` is one over that, and 1 for a sum. ``saved`` is
+# that of `cpu_forward` and ``grad`` the gradient of the loss; they have no elements unless asked for.
 LIBRARY.define(
     "cpu_reduced(Tensor logits, Tensor target, Tensor? weight, float eps, int ignore_index, bool mean, "
     "bool with_saved, bool with_grad) -> (Tensor loss, Tensor scale, Tensor saved, Tensor grad)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -15,11 +16,13 @@ from direct_calls import EPS, REDUCTIONS, SOFT, WEIGHT, X, Y, by_the_gate, close
 from drop_in import K, arguments
 from rule import HALF, Problem, expect, judge_grad, judge_loss
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import direct
+from labelsmooth_kernels import direct, modules
 
 DTYPES = (*HALF, torch.float32, torch.float64)
 SHAPES = ((K,), (1, K), (9, K), (4, K, 3), (2, K, 3, 2), (2, K, 1, 2, 3))
@@ -134,8 +137,15 @@ class Subclass(Tensor):
     pass
 
 
-class Nothing(TorchDispatchMode):
+class Seen(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -160,6 +170,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "probabilities that learn": {"target": SOFT.clone().requires_grad_()},
     "probabilities and a class to ignore": {"target": SOFT, "ignore_index": 1},
     "classes as integers": {"target": torch.ones(9, K, dtype=torch.int64)},
+    "weights on another device": {"weight": WEIGHT.to("meta")},
     "weights that learn": {"weight": WEIGHT.clone().requires_grad_()},
     "too few weights": {"weight": WEIGHT[:-1]},
     "integer weights": {"weight": torch.ones(K, dtype=torch.int64)},
@@ -169,8 +180,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a float as ignore_index": {"ignore_index": 1.0},
     "more than 64 bits": {"ignore_index": 2**70},
     "another reduction": {"reduction": "max"},
+    "a reduction that no encoding has": {"reduction": "\ud800"},
     "no reduction": {"reduction": None},
     "smoothing above 1": {"eps": 1.5},
+    "smoothing just above 1": {"eps": math.nextafter(1.0, 2.0)},
     "smoothing that is no number": {"eps": float("nan")},
     "infinite smoothing": {"eps": -float("inf")},
     "a bool as smoothing": {"eps": True},
@@ -200,31 +213,37 @@ def test_other_calls_are_left_to_the_gate(name: str) -> None:
         assert got == want
 
 
-def test_nothing_is_served_while_somebody_watches() -> None:
-    """A mode sees the operators and functions that it would see of other calls; transforms wrap what they transform."""
+def test_a_mode_sees_the_operators() -> None:
+    x = X.clone().requires_grad_()
+    with Seen() as seen:
+        lsk.cross_entropy(x, Y).backward()
+    assert {"cpu_reduced", "cpu_scale_"} <= {*seen.names}
+    assert "cpu_forward" not in seen.names
 
-    def served(x: Tensor = X) -> bool:
-        return direct.cross_entropy(**{**CALL, "input": x}) is not None
 
-    seen = []
-    assert served()
-    with Nothing():
-        seen.append(served())
-    with torch.device("cpu"):
-        seen.append(served())
-    with forward_ad.dual_level():
-        seen.append(served(forward_ad.make_dual(X, X)))
+def test_nothing_is_served_while_pytorch_traces_or_transforms() -> None:
+    """What transforms wrap and what tracers note are PyTorch's own operations, or autograd.Functions."""
+    served: dict[str, bool] = {}
 
-    def note(x: Tensor) -> Tensor:
-        seen.append(served(x))
+    def note(what: str, x: Tensor = X, weight: Tensor | None = None) -> Tensor:
+        served[what] = direct.cross_entropy(**{**CALL, "input": x, "weight": weight}) is not None
         return x * 1
 
-    torch.func.vmap(note)(X[None])
-    torch.func.grad(lambda x: note(x).sum())(X)
-    torch.func.jvp(note, (X,), (X,))
-    torch.jit.trace(note, (X,), check_trace=False)
-    torch.compile(note, backend="eager")(X)
-    assert seen == [False] * 8
+    with torch.device("cpu"):
+        note("device")
+    with forward_ad.dual_level():
+        note("dual", forward_ad.make_dual(X, X))
+        note("dual weight", X, forward_ad.make_dual(WEIGHT, WEIGHT))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        note("fake")
+    torch.func.vmap(lambda x: note("vmap", x))(X[None])
+    torch.func.grad(lambda x: note("grad", x).sum())(X)
+    torch.func.jvp(lambda x: note("jvp", x), (X,), (X,))
+    torch.jit.trace(lambda x: note("trace", x), (X,), check_trace=False)
+    torch.compile(lambda x: note("compile", x), backend="eager")(X)
+    make_fx(lambda x: note("make_fx", x))(X)
+    assert len(served) == 10
+    assert not any(served.values()), served
 
 
 # ---- modules
@@ -241,29 +260,56 @@ def test_modules_are_served_alike() -> None:
     torch.testing.assert_close(plain(X, Y), by_the_gate(X, Y, label_smoothing=EPS), rtol=1e-6, atol=0)
 
 
+SQUARE = torch.arange(27.0).view(3, 3, 3).sin()  # the classes may be in the middle or last
 CHANGES = {
     "z_loss": 0.5, "logit_scale": 2.0, "softcap": 1.0, "confidence_penalty": 0.1, "smoothing": "others",
-    "smooth_over": "finite", "return_stats": True, "backend": "reference",
+    "smooth_over": "finite", "class_dim": -1, "inplace": True, "return_stats": True, "backend": "reference",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [p for p in modules._DEFAULTS if p not in modules._OF_PYTORCH])
 def test_a_module_whose_options_change_is_another_call(name: str) -> None:
     loss = lsk.CrossEntropyLoss(label_smoothing=EPS)
-    x = X.masked_fill(torch.arange(K) == 2, -torch.inf) if name == "smooth_over" else X
-    y = Y.clamp(0, 1)
+    x = SQUARE.masked_fill(torch.arange(3)[:, None] == 2, -torch.inf) if name == "smooth_over" else SQUARE.clone()
+    y, change = torch.arange(9).view(3, 3) % 2, {name: CHANGES[name]}
     plain = loss(x, y)
     setattr(loss, name, CHANGES[name])
-    got = loss(x, y)
-    want = lsk.cross_entropy(x, y, label_smoothing=EPS, **{name: CHANGES[name]})
+    want = lsk.cross_entropy(x.clone(), y, label_smoothing=EPS, **change)
+    got = loss(x.clone().requires_grad_(name == "inplace") * 1, y)
     if name == "return_stats":
         assert isinstance(got, tuple)
-        return
-    assert torch.equal(got, want)
-    assert name == "backend" or not torch.equal(got, plain)
-    loss.z_loss = -1.0
-    with pytest.raises(lsk.ArgumentError, match="z_loss"):
-        loss(x, y)
+    elif name == "inplace":
+        assert "Loss" not in type(got.grad_fn).__name__, "the call that leaves the logits as they are"
+    else:
+        torch.testing.assert_close(got, want, rtol=0 if name != "backend" else 1e-6, atol=0)
+        assert name == "backend" or not torch.equal(got, plain)
+
+
+WRONG = {
+    "z_loss": torch.zeros(2), "class_dim": 1.0, "logit_scale": True, "inplace": 0, "return_stats": 0,
+    "backend": np.array("cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_module_refuses_attributes_of_a_wrong_type(name: str) -> None:
+    loss = lsk.CrossEntropyLoss()
+    setattr(loss, name, WRONG[name])
+    with pytest.raises((lsk.ArgumentError, TypeError), match=name):
+        loss(X, Y)
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_backend_that_serves_may_be_named() -> None:
+    assert torch.equal(lsk.cross_entropy(X, Y, backend="cpu"), lsk.CrossEntropyLoss(backend="cpu")(X, Y))
+    with pytest.raises(lsk.ArgumentError, match="backend"):
+        lsk.cross_entropy(X, Y, backend=np.array(["cpu", "cpu"]))  # type: ignore[call-overload]
+
+
+def test_modules_compile_whole() -> None:
+    for module in (lsk.CrossEntropyLoss(WEIGHT), lsk.LabelSmoothingCrossEntropy(), lsk.CrossEntropyLoss(z_loss=0.1)):
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X, Y), module(X, Y), rtol=1e-6, atol=0)
 
 
 def test_a_module_takes_what_belongs_to_a_batch() -> None:

@@ -11,7 +11,10 @@ from conftest import skip_unless_available
 from direct_calls import EPS, REDUCTIONS, SOFT, WEIGHT, X, Y, close_the_gate, drawn
 from drop_in import K, arguments
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import labelsmooth_kernels as lsk
 
@@ -42,9 +45,18 @@ def test_derivatives(shape: tuple[int, ...], kind: str, reduction: str) -> None:
     """First and second, one upstream at a time and several."""
     x, y = doubles(kind, shape)
 
-    def loss(x: Tensor) -> Tensor:
-        return lsk.cross_entropy(x, y, WEIGHT.double(), label_smoothing=EPS, reduction=reduction)
+    options: dict[str, Any] = {"label_smoothing": EPS, "reduction": reduction}
+    if kind != "probabilities":
+        y[y == -100], options["ignore_index"] = 3, 3
 
+    def loss(x: Tensor) -> Tensor:
+        return lsk.cross_entropy(x, y, WEIGHT.double(), **options)
+
+    want = torch.autograd.functional.hessian(
+        lambda x: F.cross_entropy(x, y, WEIGHT.double(), **options).sum(), x.detach()
+    )
+    got = torch.autograd.functional.hessian(lambda x: loss(x).sum(), x.detach())
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     assert torch.autograd.gradcheck(loss, x, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(loss, x, check_batched_grad=True)
     value = loss(x)
@@ -99,6 +111,33 @@ def test_no_upstream_no_gradient(reduction: str) -> None:
     x = X.clone().requires_grad_()
     Cut.apply(lsk.cross_entropy(x, Y, reduction=reduction)).sum().backward()
     assert x.grad is None or not x.grad.any()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_upstreams_that_hold_more_than_numbers(reduction: str) -> None:
+    """A tangent, and a subclass of two tensors: the gradient is linear in both."""
+    x = X.double().requires_grad_()
+    loss = lsk.cross_entropy(x, Y, reduction=reduction)
+    one, two = (torch.linspace(a, 2, loss.numel(), dtype=x.dtype).view(loss.shape) for a in (0.5, 1.5))
+    (want_one,), (want_two,) = (torch.autograd.grad(loss, x, u, retain_graph=True) for u in (one, two))
+    (pair,) = torch.autograd.grad(loss, x, TwoTensor(one, two), retain_graph=True)
+    assert isinstance(pair, TwoTensor)
+    with forward_ad.dual_level():
+        (dual,) = torch.autograd.grad(loss, x, forward_ad.make_dual(one, two))
+        tangent = forward_ad.unpack_dual(dual).tangent
+    for got, want in ((pair.a, want_one), (pair.b, want_two), (dual, want_one), (tangent, want_two)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_checkpoints_across_a_mode(reduction: str, dtype: torch.dtype) -> None:
+    """What is made again under a mode of the backward's is what was made without."""
+    x = X.to(dtype, copy=True).requires_grad_()
+    loss = checkpoint(lambda x: lsk.cross_entropy(x * 1, Y, reduction=reduction).sum(), x, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        (grad,) = torch.autograd.grad(loss, x)
+    assert torch.equal(grad, torch.autograd.grad(lsk.cross_entropy(x, Y, reduction=reduction).sum(), x)[0])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -176,6 +215,14 @@ def test_the_same_bits_from_any_number_of_threads(weighted: bool) -> None:
     torch.testing.assert_close(results[0][0].double(), want, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("k", [2, 1000])
+def test_losses_that_are_all_alike(k: int) -> None:
+    """At the start of a training float32 would round them in one direction, each time that one is added."""
+    x = torch.zeros(8192, k)
+    loss = lsk.cross_entropy(x, torch.zeros(8192, dtype=torch.int64))
+    torch.testing.assert_close(loss.double(), torch.tensor(k, dtype=torch.float64).log(), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("bad", [-1, 3, 2**31, -(2**62)])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_first_target_outside_is_named(bad: int, threads: int) -> None:
@@ -201,6 +248,7 @@ def test_without_gradients(reduction: str) -> None:
         inferred = lsk.cross_entropy(X, Y, reduction=reduction)
     for loss in (silent, inferred, lsk.cross_entropy(X, Y, reduction=reduction)):
         assert not loss.requires_grad
+        assert not loss._is_view()
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
 
 
