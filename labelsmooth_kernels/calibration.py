@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import takes
+from .arguments import plain_float, plain_int, takes
 from .classwise import Classwise, count
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
@@ -216,6 +216,7 @@ def fit_temperature(
     """
     for name in ("logit_scale", "softcap"):
         require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
+    tolerance, max_steps, ignore_index = plain_float(tolerance), plain_int(max_steps), plain_int(ignore_index)
     require(isinstance(tolerance, float) and 0 < tolerance < 1, "tolerance", tolerance, "a float between 0 and 1")
     require(isinstance(max_steps, int) and max_steps > 0, "max_steps", max_steps, "an int > 0")
     if isinstance(input, Iterator):

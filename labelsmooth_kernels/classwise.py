@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .arguments import plain_int
 from .chunked import rows_per_chunk
 from .functional import check_targets, prepare
-from .linear import check_operands
+from .linear import LinearSpec, check_operands
 from .reliability import UNIT, error_of
 from .spec import ArgumentError, LossSpec, accumulate_dtype, readable, require
 
@@ -91,6 +92,7 @@ def count(
     chunk_rows: int | None = None,
 ) -> Classwise:
     """Return the sums over the rows of logits, or of the logits of a head, on their device."""
+    bins, chunk_rows = plain_int(bins), LinearSpec(chunk_rows=chunk_rows).chunk_rows
     require(isinstance(bins, int) and not isinstance(bins, bool) and bins > 0, "bins", bins, "an int > 0")
     chunks = _chunks(input, target, linear_weight, spec, linear_bias, chunk_rows)
     return functools.reduce(operator.add, (_count(z, y, spec.ignore_index, bins) for z, y in chunks))

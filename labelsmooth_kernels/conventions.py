@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Required
 
+from .arguments import plain_float, plain_int
 from .reference import uniform_epsilon, weights
 from .spec import require
 
@@ -41,6 +42,7 @@ def target_entropy(label_smoothing: float, num_classes: int, smoothing: str = "u
 
     ε from 0 to 1, K >= 2 classes that q covers, ``smoothing`` "uniform" or "others"; ArgumentError otherwise.
     """
+    label_smoothing, num_classes = plain_float(label_smoothing), plain_int(num_classes)
     require(0 <= label_smoothing <= 1, "label_smoothing", label_smoothing, "from 0 to 1")
     require(num_classes >= 2, "num_classes", num_classes, "at least 2")
     require(smoothing in ("uniform", "others"), "smoothing", smoothing, "'uniform' or 'others'")
@@ -53,7 +55,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     With it the logits (..., T, K) go in whole, where ``logits[..., :-1, :]`` would have to be copied.
     """
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=plain_int(ignore_index))
 
 
 def fairseq(
@@ -99,7 +101,7 @@ def nemo(label_smoothing: Number, pad_id: int, labels: Tensor, eps: float = 1e-6
     padding 0, not NaN. For ``output_mask`` or ``predict_last_k`` fill the rest with ``pad_id``. Source: NeMo be4107e.
     """
     require(eps > 0, "eps", eps, "> 0")
-    count = (labels != pad_id).sum(dtype=torch.float64) + eps
+    count = (labels != plain_int(pad_id)).sum(dtype=torch.float64) + plain_float(eps)
     return _smoothed(label_smoothing, "others", ignore_index=pad_id, normalizer=count)
 
 
@@ -141,7 +143,7 @@ def opennmt_kl(
     class outside the vocabulary (their default of -100 zeroes class V-100) and ε above (V-2)/(V-1), where the target
     would have less than the other classes. Source: OpenNMT-py 2.3.0, 3.0.0, 3.0.2.
     """
-    v = tgt_vocab_size
+    v, ignore_index, label_smoothing = plain_int(tgt_vocab_size), plain_int(ignore_index), plain_float(label_smoothing)
     require(v >= 3, "tgt_vocab_size", v, "at least 3")
     require(0 <= ignore_index < v, "ignore_index", ignore_index, f"a class of the {v}")
     require(0 <= label_smoothing <= (v - 2) / (v - 1), "label_smoothing", label_smoothing, f"from 0 to {v - 2}/{v - 1}")
@@ -193,7 +195,7 @@ def keras(
     if sample_weight is None:
         return _smoothed(label_smoothing, "uniform", **options)
     if not isinstance(sample_weight, Tensor):
-        sample_weight = torch.tensor(sample_weight, dtype=torch.float64)
+        sample_weight = torch.tensor(plain_float(sample_weight), dtype=torch.float64)
     options["row_weight"] = sample_weight
     if reduction in ("sum_over_batch_size", "mean"):
         options["normalizer"] = "rows"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import checks_names, same_shape
+from .arguments import checks_names, plain_float, plain_int, same_shape
 from .chunked import Soft
 from .distillation_autograd import Mix, Source, by_kernel, by_reference
 from .functional import check_same_device, check_targets, prepare, reduce
@@ -75,6 +75,7 @@ def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
 
     Source: Berthelot et al. 2019, "MixMatch".
     """
+    temperature, dim = plain_float(temperature), plain_int(dim)
     good = isinstance(temperature, int | float) and 0 < temperature < math.inf
     require(good, "temperature", temperature, "a finite number > 0")
     require(isinstance(probabilities, Tensor), "probabilities", probabilities, "a tensor")
@@ -155,7 +156,7 @@ def distillation_loss(
     """
     if target is None and class_dim is None and isinstance(input, Tensor) and input.dim() > 2:
         raise ArgumentError(f"class_dim must be given without a target, for input {tuple(input.shape)}")
-    class_dim = 1 if class_dim is None else class_dim
+    class_dim = 1 if class_dim is None else plain_int(class_dim)
     spec = LossSpec(
         ignore_index=-100 if target is None else ignore_index,
         reduction=reduction,
@@ -166,7 +167,8 @@ def distillation_loss(
         normalizer=normalizer,
         backend=backend,
     )
-    alpha = (1.0 if target is None else 0.5) if alpha is None else alpha
+    alpha = (1.0 if target is None else 0.5) if alpha is None else plain_float(alpha)
+    temperature = plain_float(temperature)
     require(isinstance(alpha, int | float) and 0 <= alpha <= 1, "alpha", alpha, "from 0 to 1")
     good = isinstance(temperature, int | float) and 0 < temperature < math.inf
     require(good, "temperature", temperature, "a finite number > 0")

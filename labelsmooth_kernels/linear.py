@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .arguments import checks_names, plain_int, same_shape, takes
+from .arguments import checks_names, plain_float, plain_int, same_shape, takes
 from .chunked import Soft, dense_target
 from .functional import (
     apply_spec,
@@ -71,6 +71,7 @@ class LinearSpec:
         require(known, "grad_accumulation", self.grad_accumulation, "'float32' or 'input'")
         require(self.skip_ignored in (None, False, True), "skip_ignored", self.skip_ignored, "a bool or None")
         require(self.method in ("chunked", "tiled"), "method", self.method, "'chunked' or 'tiled'")
+        object.__setattr__(self, "filter_eps", plain_float(self.filter_eps))
         eps = self.filter_eps
         good = eps is None or (isinstance(eps, int | float) and 0 <= eps < math.inf)
         require(good, "filter_eps", eps, "a finite number >= 0 or None")
@@ -204,7 +205,7 @@ def head_options(options: dict[str, Any], input_dim: int | None, weight_dim: int
     places = [1] if weight_dim > 2 else [-1] if input_dim is None else [-1, input_dim - 1]
     if "class_dim" in options:
         allowed = f"one of {places}, where a head of these shapes has its classes"
-        require(options["class_dim"] in places, "class_dim", options["class_dim"], allowed)
+        require(plain_int(options["class_dim"]) in places, "class_dim", options["class_dim"], allowed)
     return {name: value for name, value in options.items() if name != "class_dim"}
 
 

@@ -228,7 +228,7 @@ def token_count(target: Tensor, group: dist.ProcessGroup | None = None, ignore_i
     """
     from torch.distributed import _functional_collectives as collectives
 
-    count: Tensor = collectives.all_reduce((target != ignore_index).sum(), "sum", group_of(group))
+    count: Tensor = collectives.all_reduce((target != plain_int(ignore_index)).sum(), "sum", group_of(group))
     return count
 
 

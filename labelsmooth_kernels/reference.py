@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import plain_float, plain_int
 from .spec import LossSpec, Rows, accumulate_dtype, require
 
 
@@ -78,6 +79,7 @@ def optimal_gap(eps: float, K: int, smoothing: str = "uniform") -> float:
     >>> round(optimal_gap(0.1, 10, "others"), 4) == round(math.log(9 * 0.9 / 0.1), 4)
     True
     """
+    eps, K = plain_float(eps), plain_int(K)
     require(isinstance(eps, int | float) and 0 <= eps <= 1, "eps", eps, "from 0 to 1")
     require(isinstance(K, int) and K > 1, "K", K, "an int > 1")
     known = isinstance(smoothing, str) and smoothing in ("uniform", "others")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import plain_int
 from .reference import RowStats
 from .spec import INDEX_DTYPES, ArgumentError, readable, require
 
@@ -172,6 +173,7 @@ def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: in
             outside [0, 1], which no softmax has, and a negative target that is not ``ignore_index``.
     """
     require(isinstance(stats, RowStats), "stats", stats, "RowStats, of return_stats=True")
+    bins, ignore_index = plain_int(bins), plain_int(ignore_index)
     require(isinstance(bins, int) and not isinstance(bins, bool) and bins > 0, "bins", bins, "an int > 0")
     require(isinstance(ignore_index, int), "ignore_index", ignore_index, "an int")
     good = isinstance(target, Tensor) and target.dtype in INDEX_DTYPES and target.shape == stats.nll.shape

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import plain_int
 from .spec import INDEX_DTYPES, require
 
 
@@ -61,9 +62,11 @@ def template_plane(linear_weight: Tensor, classes: tuple[int, int, int]) -> Plan
 
 
 def _three(classes: tuple[int, int, int], num_classes: int) -> tuple[int, int, int]:
-    good = len(set(classes)) == len(classes) == 3 and all(isinstance(k, int) and 0 <= k < num_classes for k in classes)
+    found = [plain_int(k) for k in classes]
+    good = len(set(found)) == len(found) == 3 and all(isinstance(k, int) and 0 <= k < num_classes for k in found)
     require(good, "classes", classes, f"three different classes of [0, {num_classes})")
-    return classes
+    a, b, c = found
+    return a, b, c
 
 
 class Scatter(NamedTuple):
@@ -101,7 +104,7 @@ def class_scatter(features: Tensor, target: Tensor, *, ignore_index: int = -100)
     require(features.dim() > 1 and features.is_floating_point(), "features", features, "(..., D), floating point")
     good = target.dtype in INDEX_DTYPES and tuple(target.shape) == shape
     require(good, "target", target, f"class indices of shape {shape}")
-    keep = target != ignore_index
+    keep = target != plain_int(ignore_index)
     h, y = features[keep].detach().double(), target[keep].long()
     require(len(h) > 0, "target", target, "of one row at least that is not ignored")
     require(bool(h.isfinite().all()), "features", features, "finite")

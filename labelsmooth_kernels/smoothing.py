@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import takes
+from .arguments import plain_float, plain_int, takes
 from .calibration import PASSED_ON, Calibration, evaluate, fit_temperature
 from .conventions import target_entropy
 from .reference import optimal_gap
@@ -63,6 +63,7 @@ def unigram_prior(counts: Tensor, power: float = 1.0, add: float = 0.0) -> Tenso
         ArgumentError: another shape, a count that is negative or not finite, counts that are all 0.
     """
     require(counts.dim() == 1 and counts.numel() > 0 and not counts.is_complex(), "counts", counts, "of shape (K,)")
+    power, add = plain_float(power), plain_float(add)
     require(math.isfinite(power), "power", power, "a finite number")
     require(0 <= add < math.inf, "add", add, "a finite number >= 0")
     wide = counts.detach().double()
@@ -91,6 +92,7 @@ def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) 
         ArgumentError, IndexError: shapes, dtypes, a negative weight, an ε or a target outside its range.
     """
     indices, weights = neighbours
+    label_smoothing = plain_float(label_smoothing)
     good = isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1
     require(good, "label_smoothing", label_smoothing, "a number from 0 to 1")
     require(target.dtype in INDEX_DTYPES, "target", target, f"class indices, of one of {INDEX_DTYPES}")
@@ -126,8 +128,9 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     Models".
     """
     require(target.dim() > 0 and target.dtype in INDEX_DTYPES, "target", target, "class indices (..., T)")
+    weights, ignore_index = tuple(map(plain_float, weights)), plain_int(ignore_index)
     good = all(w >= 0 for w in weights) and sum(weights) <= 1
-    require(good, "weights", tuple(weights), "numbers >= 0 with a sum of at most 1")
+    require(good, "weights", weights, "numbers >= 0 with a sum of at most 1")
     target = target.long()
     counted = target != ignore_index
     least = target.where(counted, 0)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import same_shape
+from .arguments import plain_float, same_shape
 from .chunked import Soft
 from .functional import check_same_device
 from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, constant, readable, require
@@ -82,6 +82,7 @@ def teacher_rows(name: str, teacher: Teacher, logits: Tensor) -> tuple[Tensor, S
     head = (num_classes, hidden.shape[-1])
     require(weight.shape == head, f"{name}.linear_weight", weight, f"of shape {head}")
     require(bias is None or bias.shape == (num_classes,), f"{name}.linear_bias", bias, f"of shape ({num_classes},)")
+    scale = plain_float(scale)
     good = isinstance(scale, int | float) and -math.inf < scale < math.inf
     require(good, f"{name}.logit_scale", scale, "a finite number")
     hidden, weight = constant(f"{name}.hidden", hidden), constant(f"{name}.linear_weight", weight)
