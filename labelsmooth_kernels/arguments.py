@@ -43,10 +43,10 @@ def takes(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[_P, _T]
     return mark
 
 
-def options_of(function: Callable[..., object], more: Iterable[str] = ()) -> frozenset[str]:
-    """The names by which a function can be given its arguments, and ``more`` that it looks at itself."""
+def options_of(function: Callable[..., object]) -> frozenset[str]:
+    """The names by which a function can be given its arguments."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset({p.name for p in inspect.signature(function).parameters.values() if p.kind in named} | {*more})
+    return frozenset(p.name for p in inspect.signature(function).parameters.values() if p.kind in named)
 
 
 def not_scriptable(*_: object) -> NoReturn:
@@ -65,15 +65,16 @@ def unscriptable(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 def checks_names(name: str, more: Iterable[str] = ()) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
     """Let a public function or constructor refuse a wrong keyword under its own ``name``, with the nearest option; for
-    the names in ``more`` it has an error of its own."""
+    the names in ``more`` it has an error of its own, and so they are not offered."""
 
     def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        options = options_of(function, more) - {"self"}
+        offered = options_of(function) - {"self"}
+        options = offered.union(more)
 
         @functools.wraps(function)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
             if not options.issuperset(kwargs):
-                check_names(name, kwargs, options)
+                check_names(name, (given for given in kwargs if given not in options), offered)
             return function(*args, **kwargs)
 
         return unscriptable(run)

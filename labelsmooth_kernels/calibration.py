@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import plain_float, plain_int, takes
+from .arguments import check_names, options_of, plain_float, plain_int, takes
 from .classwise import Classwise, count
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
@@ -42,7 +42,7 @@ from .reliability import SCHEMES, Bins, Calibration, collect
 from .spec import ArgumentError, LossSpec, require
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Unpack
 
@@ -68,6 +68,7 @@ _FLAT = 1e-4  # logits of this spread: what float32 says of how they might be sc
 _OPTIONS = inspect.signature(linear_cross_entropy).parameters | inspect.signature(cross_entropy).parameters
 PASSED_ON = [_OPTIONS[name] for name in ("class_dim", "linear_bias", "chunk_rows", "backend")]  # to the loss
 _SCALES = [_OPTIONS[name] for name in ("logit_scale", "softcap")]
+_OF_LOGITS, _OF_HEAD = ("class_dim",), ("linear_bias", "chunk_rows")
 
 
 @takes([*PASSED_ON, *_SCALES])
@@ -90,6 +91,7 @@ def evaluate(
         options: of ``cross_entropy`` (``class_dim``, ``logit_scale``, ``softcap``, ``backend``) or of
             ``linear_cross_entropy`` (``linear_bias`` and ``chunk_rows`` too).
     """
+    check_options(evaluate, options, head=linear_weight is not None)
     total = None
     for x, y in _batches(input, target):
         stats = _statistics(x, y, linear_weight, ignore_index, options)
@@ -121,10 +123,9 @@ def evaluate_classwise(
         ArgumentError: as ``cross_entropy``, and for a target of probabilities; no bin; no batch.
         IndexError: a target outside [0, K) on the CPU; on a GPU it makes every number NaN.
     """
-    of_head = ("linear_bias", "chunk_rows")
-    _check_options(options, {"logit_scale", "softcap", *(("class_dim",) if linear_weight is None else of_head)})
-    head: dict[str, Any] = {name: options.get(name) for name in of_head}
-    scales: dict[str, Any] = {name: value for name, value in options.items() if name not in of_head}
+    check_options(evaluate_classwise, options, head=linear_weight is not None)
+    head: dict[str, Any] = {name: options.get(name) for name in _OF_HEAD}
+    scales: dict[str, Any] = {name: value for name, value in options.items() if name not in _OF_HEAD}
     found = []
     for x, y in _batches(input, target):
         place = scales if linear_weight is None else scales | {"class_dim": x.dim() - 1}
@@ -153,17 +154,20 @@ def _batches(input: Batches, target: Tensor | Sequence[Tensor] | None) -> Iterat
     yield from zip(inputs, targets, strict=True)
 
 
-def _check_options(options: Mapping[str, object], known: set[str]) -> None:
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(f"{unknown[0]} is no option here: {', '.join(sorted(known))} are")
+def check_options(function: Callable[..., object], options: Mapping[str, object], *, head: bool) -> None:
+    """Raise a TypeError for a wrong keyword of ``function``, and for one that belongs to logits where there is a head,
+    or to a head where there is none; such a one is not offered either."""
+    refused, where = (_OF_LOGITS, "without") if head else (_OF_HEAD, "with")
+    for name in options:
+        if name in refused:
+            raise TypeError(f"{name} is no option here: {function.__name__}() takes it {where} linear_weight")
+    check_names(function.__name__, options, options_of(function) - {*refused})
 
 
 @torch.no_grad()
 def _statistics(
     input: Tensor, target: Tensor, linear_weight: Tensor | None, ignore_index: int, options: Mapping[str, Any]
 ) -> RowStats:
-    of_input = ("class_dim",) if linear_weight is None else ("linear_bias", "chunk_rows")
-    _check_options(options, {"logit_scale", "softcap", "backend", *of_input})
     shared: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "return_stats": "all", **options}
     stats: RowStats
     if linear_weight is None:
@@ -216,6 +220,8 @@ def fit_temperature(
     """
     for name in ("logit_scale", "softcap"):
         require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
+    own = {name: value for name, value in options.items() if name not in ("logit_scale", "softcap")}
+    check_options(fit_temperature, own, head=linear_weight is not None)
     tolerance, max_steps, ignore_index = plain_float(tolerance), plain_int(max_steps), plain_int(ignore_index)
     require(isinstance(tolerance, float) and 0 < tolerance < 1, "tolerance", tolerance, "a float between 0 and 1")
     require(isinstance(max_steps, int) and max_steps > 0, "max_steps", max_steps, "an int > 0")
@@ -225,7 +231,7 @@ def fit_temperature(
     beta, low, high, spread = 1.0, 0.0, math.inf, 0.0
     before: Calibration | None = None
     for step in range(1, max_steps + 1):
-        (nll, entropy, variance), found = _at_scale(beta, input, target, linear_weight, bins, ignore_index, options)
+        (nll, entropy, variance), found = _at_scale(beta, input, target, linear_weight, bins, ignore_index, own)
         if before is None:
             before = found
             require(found.rows > 0, "target", found.rows, "of one row at least that is not ignored")

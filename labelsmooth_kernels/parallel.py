@@ -239,7 +239,7 @@ def _check(function: str, options: dict[str, Any], tensors: dict[str, object]) -
     """Raise for an option that the loss does not have, and for what is no rank's part but a DTensor."""
     if unknown := [name for name in options if name not in LOSS_OPTIONS]:
         own: Callable[..., object] = cross_entropy if function == "cross_entropy" else linear_cross_entropy
-        check_names(f"parallel.{function}", unknown, options_of(own, LOSS_OPTIONS))
+        check_names(f"parallel.{function}", unknown, options_of(own))
     for name, value in (*tensors.items(), *options.items()):
         if is_dtensor(value):
             raise TypeError(

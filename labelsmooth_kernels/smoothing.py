@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .arguments import plain_float, plain_int, takes
-from .calibration import PASSED_ON, Calibration, evaluate, fit_temperature
+from .calibration import PASSED_ON, Calibration, check_options, evaluate, fit_temperature
 from .conventions import target_entropy
 from .reference import optimal_gap
 from .spec import INDEX_DTYPES, ArgumentError, require
@@ -198,11 +198,14 @@ def compare(
         require(options.get(name) is None, name, options.get(name), "left out: what is scaled are the logits as given")
     grid = [float(temperature) for temperature in temperatures]
     require(all(0 < t < math.inf for t in grid), "temperatures", grid, "finite and > 0")
-    shared: dict[str, Any] = {"bins": bins, "ignore_index": ignore_index, **options}
-    trials = []
+    own = {name: value for name, value in options.items() if name not in ("logit_scale", "softcap")}
     for eps, given in outputs.items():
         good = isinstance(given, list | tuple) and len(given) in (2, 3)
         require(good, f"outputs[{eps}]", given, "(logits, target) or (hidden, target, linear_weight)")
+        check_options(compare, own, head=len(given) == 3)
+    shared: dict[str, Any] = {"bins": bins, "ignore_index": ignore_index, **own}
+    trials = []
+    for eps, given in outputs.items():
         for temperature in grid:
             found = evaluate(*given, logit_scale=1 / temperature, **shared)
             trials.append(Trial(float(eps), temperature, False, found))

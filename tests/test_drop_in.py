@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tracing import compiled, compiler
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import calibration, smoothing
 
 SHAPES = [(K,), (5, K), (1, K), (0, K), (3, K, 4), (2, K, 3, 2), (2, K, 0), (0, K, 3)]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -133,6 +134,10 @@ WITH_OPTIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, str]]] = {  # wron
     "LabelSmoothingCrossEntropy": (lsk.LabelSmoothingCrossEntropy, (), {"epsilon": "eps"}),
     "LinearCrossEntropyLoss": (lsk.LinearCrossEntropyLoss, (3, 2), {"linear_bias": "bias", "chunk_row": "chunk_rows"}),
     "LossSpec": (lsk.LossSpec, (), {"sofcap": "softcap"}),
+    "evaluate": (calibration.evaluate, (X, Y), {"bin": "bins", "classdim": "class_dim"}),
+    "evaluate_classwise": (calibration.evaluate_classwise, (X, Y, X), {"bin": "bins", "bias": "linear_bias"}),
+    "fit_temperature": (calibration.fit_temperature, (X, Y), {"max_step": "max_steps", "tol": "tolerance"}),
+    "compare": (smoothing.compare, ({0.1: (X, Y)},), {"temperature": "temperatures", "bin": "bins"}),
 }
 
 
@@ -144,6 +149,26 @@ def test_a_wrong_keyword_names_the_function_and_the_nearest_option(name: str) ->
             function(*given, **{keyword: 0.1})
     with pytest.raises(TypeError, match=rf"^{name}\(\) got .* 'qqqq'; its options are \w+, "):
         function(*given, qqqq=0.1)
+
+
+REFUSED = {  # a wrong keyword, and the option near to it that such a call refuses
+    "linear_cross_entropy": ("in_place", "inplace"),
+    "CrossEntropyLoss": ("row_weigth", "row_weight"),
+    "LinearCrossEntropyLoss": ("normaliser", "normalizer"),
+    "evaluate": ("chunk_row", "chunk_rows"),
+    "evaluate_classwise": ("classdim", "class_dim"),
+    "fit_temperature": ("soft_cap", "softcap"),
+    "compare": ("logitscale", "logit_scale"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_call_refuses_is_not_offered(name: str) -> None:
+    function, given, _ = WITH_OPTIONS[name]
+    keyword, near = REFUSED[name]
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument '{keyword}'; ") as refusal:
+        function(*given, **{keyword: 1})
+    assert near not in str(refusal.value)
 
 
 OURS_ALONE = {  # options PyTorch does not have, refused by name
