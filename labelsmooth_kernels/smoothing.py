@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import plain_float, plain_int, takes
+from .arguments import known_size, plain_float, plain_int, same_shape, takes
 from .calibration import PASSED_ON, Calibration, check_options, evaluate, fit_temperature
 from .conventions import target_entropy
 from .reference import optimal_gap
-from .spec import INDEX_DTYPES, ArgumentError, require
+from .spec import INDEX_DTYPES, ArgumentError, readable, require
 from .targets import TopK
 
 if TYPE_CHECKING:
@@ -60,19 +60,26 @@ def unigram_prior(counts: Tensor, power: float = 1.0, add: float = 0.0) -> Tenso
         add: >= 0, added to every count, so that classes that never occur get something.
 
     Raises:
-        ArgumentError: another shape, a count that is negative or not finite, counts that are all 0.
+        ArgumentError: another shape; where values are looked at (see :func:`neighbour_targets`) also a count that is
+            negative or not finite, and counts that are all 0, of which elsewhere a prior of NaN is made.
     """
-    require(counts.dim() == 1 and counts.numel() > 0 and not counts.is_complex(), "counts", counts, "of shape (K,)")
+    require(
+        counts.dim() == 1 and not known_size(len(counts), 0) and not counts.is_complex(),
+        "counts",
+        counts,
+        "of shape (K,)",
+    )
     power, add = plain_float(power), plain_float(add)
     require(math.isfinite(power), "power", power, "a finite number")
     require(0 <= add < math.inf, "add", add, "a finite number >= 0")
     wide = counts.detach().double()
-    worst = wide[~(wide.isfinite() & (wide >= 0))]
-    require(worst.numel() == 0, "counts", worst[:1].tolist(), "finite and >= 0")
-    total = wide + add
-    require(bool((total > 0).any()), "counts", 0, "above 0 for one class at least")
+    good = wide.isfinite() & (wide >= 0)
+    total = torch.where(good, wide + add, math.nan)
+    if readable(counts):
+        require(bool(good.all()), "counts", wide[~good][:1].tolist(), "finite and >= 0")
+        require(bool((total > 0).any()), "counts", 0, "above 0 for one class at least")
     # as a softmax of power·log: a power of large counts overflows no more than one of small ones vanishes
-    return torch.where(total > 0, power * total.log(), -math.inf).softmax(0)
+    return torch.where(total == 0, -math.inf, power * total.log()).softmax(0)
 
 
 def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) -> TopK:
@@ -89,7 +96,9 @@ def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) 
         :class:`TopK` (..., k + 1) for :func:`labelsmooth_kernels.linear_cross_entropy`; its rows sum to 1.
 
     Raises:
-        ArgumentError, IndexError: shapes, dtypes, a negative weight, an ε or a target outside its range.
+        ArgumentError, IndexError: shapes, dtypes, an ε outside its range; on the CPU also a weight that is negative or
+            not finite, and a class outside its range. As for the losses, values are not looked at on a GPU (but under
+            LABELSMOOTH_CHECK_TARGETS=1) and while PyTorch traces: the probabilities of such a row are NaN there.
     """
     indices, weights = neighbours
     label_smoothing = plain_float(label_smoothing)
@@ -98,16 +107,24 @@ def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) 
     require(target.dtype in INDEX_DTYPES, "target", target, f"class indices, of one of {INDEX_DTYPES}")
     good = indices.dim() == 2 and indices.dtype in INDEX_DTYPES
     require(good, "neighbours.indices", indices, "class indices (K, k)")
-    require(weights.shape == indices.shape, "neighbours.probabilities", weights, f"of shape {tuple(indices.shape)}")
+    require(
+        same_shape(weights.shape, indices.shape),
+        "neighbours.probabilities",
+        weights,
+        f"of shape {tuple(indices.shape)}",
+    )
     wide = weights.detach().double()
-    require(bool((wide >= 0).all()) and bool(wide.isfinite().all()), "neighbours.probabilities", wide, "finite, >= 0")
-    _check_classes("target", target, len(indices))
-    _check_classes("neighbours.indices", indices, len(indices))
-    of_row, picked = wide[target.long()], indices[target.long()].long()
+    if readable(weights):
+        good = bool((wide >= 0).all()) and bool(wide.isfinite().all())
+        require(good, "neighbours.probabilities", wide, "finite, >= 0")
+    known, target = _classes("target", target, len(indices))
+    there, indices = _classes("neighbours.indices", indices, len(indices))
+    wide = torch.where(there & (wide >= 0) & wide.isfinite(), wide, math.nan)
+    of_row = wide[target]
     total = of_row.sum(-1, keepdim=True)
-    share = torch.where(total > 0, label_smoothing * of_row / total.clamp_min(1e-300), 0.0)
-    kept = 1 - share.sum(-1, keepdim=True)
-    return TopK(torch.cat((target.long().unsqueeze(-1), picked), -1), torch.cat((kept, share), -1).float())
+    share = torch.where(total == 0, 0.0, label_smoothing * of_row / total.clamp_min(1e-300))
+    kept = torch.where(known.unsqueeze(-1), 1 - share.sum(-1, keepdim=True), math.nan)
+    return TopK(torch.cat((target.unsqueeze(-1), indices[target]), -1), torch.cat((kept, share), -1).float())
 
 
 def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ignore_index: int = -100) -> TopK:
@@ -124,6 +141,10 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     Returns:
         :class:`TopK` (..., T, 1 + 2·len(weights)) for :func:`labelsmooth_kernels.linear_cross_entropy`.
 
+    Raises:
+        ArgumentError: shape, dtype, weights; on the CPU also a negative target other than ``ignore_index``. Elsewhere
+            (see :func:`neighbour_targets`) the probabilities of its row, and of rows that it stands beside, are NaN.
+
     Source: Chorowski and Jaitly 2016, "Towards Better Decoding and Language Model Integration in Sequence to Sequence
     Models".
     """
@@ -133,8 +154,9 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     require(good, "weights", weights, "numbers >= 0 with a sum of at most 1")
     target = target.long()
     counted = target != ignore_index
-    least = target.where(counted, 0)
-    require(not (least < 0).any(), "target", int(least.min()) if least.numel() else 0, ">= 0 or ignore_index")
+    bad = counted & (target < 0)
+    if readable(target) and bad.any():
+        raise ArgumentError(f"target must be >= 0 or ignore_index={ignore_index}, got {int(target[bad].min())}")
     indices, shares = [target], []
     for distance, weight in enumerate(weights, 1):
         for step in (distance, -distance):
@@ -142,17 +164,20 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
             position = torch.arange(target.shape[-1], device=target.device) - step
             inside = (position >= 0) & (position < target.shape[-1]) & (there != ignore_index)
             indices.append(there)
-            shares.append(inside.double() * (weight / 2))
+            shares.append(torch.where(inside & (there < 0), math.nan, inside.double() * (weight / 2)))
     rest = torch.stack(shares, -1) if shares else target.new_zeros((*target.shape, 0), dtype=torch.float32)
-    probabilities = torch.cat((1 - rest.sum(-1, keepdim=True), rest), -1) * counted.unsqueeze(-1)
+    own = torch.where(bad, math.nan, 1.0).double().unsqueeze(-1) - rest.sum(-1, keepdim=True)
+    probabilities = torch.cat((own, rest), -1).where(counted.unsqueeze(-1), 0)
     stacked = torch.stack(indices, -1)
-    return TopK(torch.where(stacked == ignore_index, 0, stacked), probabilities.float())
+    return TopK(stacked.where((stacked >= 0) & (stacked != ignore_index), 0), probabilities.float())
 
 
-def _check_classes(name: str, classes: Tensor, num_classes: int) -> None:
-    outside = classes[(classes < 0) | (classes >= num_classes)]
-    if outside.numel():
-        raise IndexError(f"{name} must be in [0, {num_classes}), got {int(outside.flatten()[0])}")
+def _classes(name: str, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Which of them are classes, and all of them with 0 for those that are none, where they cannot be looked at."""
+    good = (classes >= 0) & (classes < num_classes)
+    if readable(classes) and not good.all():
+        raise IndexError(f"{name} must be in [0, {num_classes}), got {int(classes[~good].flatten()[0])}")
+    return good, torch.where(good, classes.long(), 0)
 
 
 # ---- the choice of ε

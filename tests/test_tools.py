@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from tracing import compiler
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import calibration, conventions, representation, smoothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 Y, HEAD = torch.arange(60) % 5, torch.eye(5)
@@ -58,3 +62,54 @@ def test_tools_take_the_numbers_that_losses_take(name: str) -> None:
     for number, index in ((np.float32(real), np.int64(whole)), (Fraction(real), torch.tensor(whole)), (real, indexed)):
         for got, one in zip(pytree.tree_leaves(tool(number, index)), want, strict=True):
             torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
+
+
+NEAR = torch.tensor([[1, 2], [0, 3], [4, 0], [1, 1], [3, 0]])
+TARGETS: dict[str, Callable[..., Any]] = {
+    "unigram_prior": lambda counts, y, near, of: smoothing.unigram_prior(counts, 0.75, 0.5),
+    "neighbour_targets": lambda counts, y, near, of: smoothing.neighbour_targets(y, 0.2, lsk.TopK(near, of)),
+    "temporal_targets": lambda counts, y, near, of: smoothing.temporal_targets(y, (0.2, 0.1), 2),
+}
+GIVEN = (torch.arange(5), Y.reshape(6, 10), NEAR, torch.tensor([[1, 3], [0, 0], [2, 2], [1, 0], [5, 1]]))
+
+
+@compiler
+@pytest.mark.parametrize("name", TARGETS)
+def test_compiled_and_exported_targets_are_the_same(name: str) -> None:
+    want = pytree.tree_leaves(TARGETS[name](*GIVEN))
+    compiled = torch.compile(TARGETS[name], backend="eager", fullgraph=True)
+    module = torch.nn.Module()
+    module.forward = TARGETS[name]
+    exported = torch.export.export(module, GIVEN).module()
+    for call in (compiled, exported):
+        for got, one in zip(pytree.tree_leaves(call(*GIVEN)), want, strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", ["fake", "meta"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_of_tensors_without_values(name: str, device: str) -> None:
+    want = pytree.tree_leaves(TARGETS[name](*GIVEN))
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        given = [torch.empty(t.shape, dtype=t.dtype) for t in GIVEN]
+        found = pytree.tree_leaves(TARGETS[name](*given))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in want]
+
+
+def unread(counts: Tensor, y: Tensor, near: Tensor, of: Tensor) -> tuple[Tensor, ...]:
+    """What the rows of all targets sum to where their values are not looked at."""
+    made = [torch.compile(call, backend="eager", fullgraph=True)(counts, y, near, of) for call in TARGETS.values()]
+    assert all(((t.indices >= 0) & (t.indices < 5)).all() for t in made[1:])
+    return made[0].sum(), made[1].probabilities.sum(-1), made[2].probabilities.sum(-1)
+
+
+@compiler
+def test_bad_values_that_are_not_looked_at_make_nan() -> None:
+    """Where a GPU would be waited for, or a tracer runs: NaN in the rows that they are about, and no class outside."""
+    counts, y, near, of = GIVEN[0].double(), torch.tensor([[0, 1, 2, 3, 4, 0, -1]]), NEAR.clone(), GIVEN[3].double()
+    counts[1], near[3, 1], of[4, 0] = -1, 9, -1
+    prior, neighbours, beside = unread(counts, y, near, of)
+    assert prior.isnan()
+    assert neighbours.isnan().tolist() == [[False, False, False, True, True, False, True]]
+    assert beside.isnan().tolist() == [[False, False, False, False, True, True, True]]
+    assert beside[0, 2] == 0, "an ignored row"
