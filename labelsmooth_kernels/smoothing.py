@@ -160,8 +160,8 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
     indices, shares = [target], []
     for distance, weight in enumerate(weights, 1):
         for step in (distance, -distance):
-            there = torch.roll(target, step, -1)
             position = torch.arange(target.shape[-1], device=target.device) - step
+            there = target[..., position.remainder(target.shape[-1])]  # roll does not trace an unknown length
             inside = (position >= 0) & (position < target.shape[-1]) & (there != ignore_index)
             indices.append(there)
             shares.append(torch.where(inside & (there < 0), math.nan, inside.double() * (weight / 2)))

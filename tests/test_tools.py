@@ -96,6 +96,20 @@ def test_targets_of_tensors_without_values(name: str, device: str) -> None:
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in want]
 
 
+@compiler
+def test_targets_of_a_length_that_only_the_run_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    for name, call in TARGETS.items():
+
+        def of_some(keep: Tensor, call: Callable[..., Any] = call) -> Any:
+            return call(GIVEN[1][keep], GIVEN[1][keep], *GIVEN[2:])
+
+        keep = GIVEN[1] > 1
+        compiled = torch.compile(of_some, backend="eager", fullgraph=True)
+        for got, one in zip(pytree.tree_leaves(compiled(keep)), pytree.tree_leaves(of_some(keep)), strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=0, msg=name)
+
+
 def unread(counts: Tensor, y: Tensor, near: Tensor, of: Tensor) -> tuple[Tensor, ...]:
     """What the rows of all targets sum to where their values are not looked at."""
     made = [torch.compile(call, backend="eager", fullgraph=True)(counts, y, near, of) for call in TARGETS.values()]
