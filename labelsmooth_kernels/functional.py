@@ -92,8 +92,8 @@ def cross_entropy(
         smoothing: ``"uniform"``: (1-ε)[k=y] + ε/K; ``"others"``: 1-ε on y and ε/(K-1) elsewhere; or a prior (K,)
             of entries >= 0 that sum to 1, within 2⁻⁶ + K·2⁻²⁵ (what a cast to half precision costs).
         smooth_over: ``"all"`` classes, or the ``"finite"`` ones (logit > -inf), over which the distribution is
-            renormalised. A mask of ``torch.finfo(dtype).min`` is finite, and its share of ε makes the loss infinite:
-            mask with -inf.
+            renormalised. A mask of ``torch.finfo(dtype).min`` is finite, and its share of ε makes the loss huge or
+            infinite: mask with -inf.
         class_dim: where the classes are; ignored for (K,).
         confidence_penalty: β of Pereyra et al. 2017, rewards entropy; below 0 it is entropy minimisation (Grandvalet
             and Bengio 2004), and all there is beside probabilities of zeros as ``target``.

@@ -130,3 +130,17 @@ def test_what_divides_the_z_loss_beside_class_weights(place: Place, over_rows: b
     eye = torch.eye(k, device=x.device)
     of_head = lsk.linear_cross_entropy(x, eye, y, backend=place[0], **options)
     torch.testing.assert_close(of_head.double().cpu(), want.detach(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_smoothing_over_finite_classes_wants_a_mask_of_minus_infinity(place: Place, dtype: torch.dtype) -> None:
+    """The least finite number is no mask: its class keeps its share of ε, and the loss is huge or infinite."""
+    x, y = draw(place, 6, 11)
+    x, y = x.detach().to(dtype), y.clamp(0, 3)
+    call = {"label_smoothing": 0.1, "backend": place[0]}
+    rest = lsk.cross_entropy(x[:, :4], y, **call)
+    least = torch.finfo(dtype).min
+    masked = [torch.cat((x[:, :4], torch.full_like(x[:, 4:], value)), 1) for value in (-INF, least)]
+    found, wrong = (lsk.cross_entropy(m, y, smooth_over="finite", **call) for m in masked)
+    torch.testing.assert_close(found, rest, rtol=1e-5, atol=0)
+    assert wrong.item() > 0.1 * 7 / 11 * -least * 0.999
