@@ -248,6 +248,7 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
     for name, value in (("input", input), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        check_same_device(name, value, value)
     if input.dtype not in FLOAT_DTYPES:
         raise NotImplementedError(f"input must have one of the dtypes {FLOAT_DTYPES}, got {input.dtype}")
     if input.dim() == 0:
@@ -260,6 +261,9 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
 
 
 def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Raise unless a tensor lies on the device of input, and element by element."""
+    if tensor.layout != torch.strided:
+        raise ArgumentError(f"{name} must be a strided tensor, got one of layout {tensor.layout}")
     if tensor.device != input.device:
         raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
 

@@ -245,6 +245,7 @@ def check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
     for name, value in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(value, Tensor) and (value is not None or name != "linear_bias"):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    check_same_device("input", input, input)
     if input.dtype not in FLOAT_DTYPES:
         raise NotImplementedError(f"input must have one of the dtypes {FLOAT_DTYPES}, got {input.dtype}")
     require(input.dim() > 0, "input", input, "of shape (D,), (N, D) or (..., D)")

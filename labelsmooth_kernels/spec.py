@@ -303,7 +303,8 @@ LOSS_OPTIONS = frozenset(p.name for p in LOSS_PARAMETERS)
 def _check_epsilon(eps: object) -> None:
     """ε must be finite and at most 1; the values of a tensor are read only where that needs no synchronisation."""
     if isinstance(eps, Tensor):
-        require(eps.dtype in FLOAT_DTYPES, "label_smoothing", eps, "a number or a floating-point tensor")
+        good = eps.dtype in FLOAT_DTYPES and eps.layout == torch.strided
+        require(good, "label_smoothing", eps, "a number or a floating-point tensor, strided")
         if readable(eps) and eps.numel():  # in this order: a tracer may not know numel()
             largest, smallest = eps.max().item(), eps.min().item()
             good = largest <= 1 and smallest > -math.inf

@@ -361,3 +361,37 @@ def test_difference_ignored_nan_rows_have_no_gradient(place: Place) -> None:
     _, grad = loss_and_grad(place, x, y, label_smoothing=0.1)
     assert (grad[0] == 0).all()
     assert grad.isfinite().all()
+
+
+def test_differences_that_raise() -> None:
+    """What PyTorch serves, and ours refuses: in the README's list."""
+    nothing = torch.full((4,), -100)
+    assert F.cross_entropy(X[:, :0], nothing).isnan()
+    with pytest.raises(IndexError, match="input must have a class for every target"):
+        lsk.cross_entropy(X[:, :0], nothing)
+    assert F.cross_entropy(X, Y, label_smoothing=True) == F.cross_entropy(X, Y, label_smoothing=1.0)
+    with pytest.raises(lsk.ArgumentError, match="label_smoothing must be a finite number of at most 1, got True"):
+        lsk.cross_entropy(X, Y, label_smoothing=True)
+    torch.testing.assert_close(F.cross_entropy(X, X.softmax(1).to_sparse()), F.cross_entropy(X, X.softmax(1)))
+    with pytest.raises(lsk.ArgumentError, match=r"^label_smoothing must be .* strided"):
+        lsk.cross_entropy(X, Y, label_smoothing=SPARSE[0])
+
+
+SPARSE = X.softmax(1).to_sparse()
+SPARSE_CALLS: dict[str, Any] = {
+    "input": lambda **options: lsk.cross_entropy(SPARSE, Y, **options),
+    "target": lambda **options: lsk.cross_entropy(X, SPARSE, **options),
+    "weight": lambda **options: lsk.cross_entropy(X, Y, weight=SPARSE[0], **options),
+    "input of a head": lambda **options: lsk.linear_cross_entropy(SPARSE, X, Y, **options),
+    "linear_weight": lambda **options: lsk.linear_cross_entropy(X, SPARSE, Y, **options),
+    "target of a head": lambda **options: lsk.linear_cross_entropy(X, torch.eye(5), SPARSE, **options),
+    "teacher": lambda **options: lsk.distillation.distillation_loss(X, SPARSE, Y, **options),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_CALLS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_sparse_tensors_are_refused_by_name(name: str, backend: str | None) -> None:
+    argument = name.partition(" ")[0]
+    with pytest.raises(lsk.ArgumentError, match=rf"^{argument} must be a strided tensor, got .*sparse_coo"):
+        SPARSE_CALLS[name](backend=backend)
