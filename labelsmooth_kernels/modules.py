@@ -48,11 +48,13 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
 
     ``weight`` and the options are those of the function, kept as attributes of the same names, so that
     ``loss.label_smoothing = 0.05`` anneals (a tensor: ``loss.label_smoothing.fill_(0.05)``); tensors among them are
-    buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. A
-    :class:`labelsmooth_kernels.smoothing.Schedule` as ``label_smoothing`` is asked for its ε in every call.
-    ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the call. Shapes, dtypes and errors: see
-    the function. What fits no call is refused here: class weights and a prior of different lengths, an unknown backend.
-    ``size_average`` and ``reduce`` are PyTorch's deprecated spelling of ``reduction``, with its warning.
+    buffers and move with the module, and ``weight`` is part of the state dict as in PyTorch. Those given as
+    ``label_smoothing`` or ``smoothing`` are not, so that after ``to_empty()`` of a module that was made on the meta
+    device they must be set again. A :class:`labelsmooth_kernels.smoothing.Schedule` as ``label_smoothing`` is asked for
+    its ε in every call. ``row_weight`` and ``normalizer`` belong to a batch and are arguments of the call. Shapes,
+    dtypes and errors: see the function. What fits no call is refused here: class weights and a prior of different
+    lengths, an unknown backend. ``size_average`` and ``reduce`` are PyTorch's deprecated spelling of ``reduction``,
+    with its warning.
     """
 
     weight: Tensor | None

@@ -242,3 +242,14 @@ def test_a_module_made_on_the_meta_device_gets_its_values_there() -> None:
     module.to_empty(device="cpu")
     x, y = torch.randn(3, 7), torch.tensor([1, 2, 3])
     torch.testing.assert_close(module(x, y), F.cross_entropy(x, y, label_smoothing=0.2))
+
+
+def test_tensors_of_a_module_made_on_the_meta_device_are_set_again() -> None:
+    """They are in no state dict that could bring them back."""
+    with torch.device("meta"):
+        module = lsk.CrossEntropyLoss(label_smoothing=torch.tensor(0.2), smoothing=torch.ones(7))
+    module.to_empty(device="cpu")
+    assert not module.state_dict()
+    module.label_smoothing, module.smoothing = torch.tensor(0.2), torch.full((7,), 1 / 7)
+    x, y = torch.randn(3, 7), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(module(x, y), F.cross_entropy(x, y, label_smoothing=0.2))
