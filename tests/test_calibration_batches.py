@@ -138,10 +138,12 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_bad_input_of_classes_is_named() -> None:
     x, y = rows(n=20)
+    head = torch.eye(7, dtype=x.dtype)
     for given, match in (
         ({"bins": 0}, "bins must be an int > 0"),
         ({"target": x.softmax(-1)}, r"target must be class indices of the shape \(20,\)"),
         ({"input": [], "target": []}, "input must be at least one batch"),
+        ({"input": x, "linear_weight": head, "chunk_rows": 0}, "chunk_rows must be an int > 0"),
     ):
         with pytest.raises(lsk.ArgumentError, match=match):
             calibration.evaluate_classwise(**{"input": x, "target": y, **given})  # type: ignore[arg-type]

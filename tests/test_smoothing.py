@@ -158,6 +158,8 @@ def test_several_epsilons_compared(tmp_path: Path) -> None:
     assert [(t.label_smoothing, t.fitted) for t in trials] == [(e, f) for e in (0.0, 0.1) for f in (False, False, True)]
     (x, y), _ = outputs().values()
     assert trials[1].found.nll == pytest.approx(F.cross_entropy(x / 2, y).item(), rel=1e-6)
+    unscaled = smoothing.compare(outputs(), (2.0,), fit=False, logit_scale=None, softcap=None)  # type: ignore[call-arg]
+    assert unscaled[0].found.nll == trials[1].found.nll
     assert trials[2].temperature == pytest.approx(2, rel=0.2)
     assert trials[5].temperature == pytest.approx(0.5, rel=0.2)
     assert trials[2].found.nll <= min(t.found.nll for t in trials[:2])
