@@ -117,7 +117,7 @@ def cross_entropy(
             allowed.
         IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
             are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
-            Priors are looked at under the same conditions.
+            Priors are looked at under the same conditions, but not under torch.compile and torch.func.
 
     Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 four
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
