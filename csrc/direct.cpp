@@ -57,7 +57,7 @@ struct Options {
   int64_t ignore_index;
 };
 
-// This is a call as rows.
+// Rows holds the tensors of a call as the operators take them, and calls these.
 struct Rows : Options {
   Tensor logits, target;
 

@@ -142,7 +142,7 @@ class CrossEntropyLoss(nn.Module, Generic[Result]):
         return {**options, "label_smoothing": eps.eps} if isinstance(eps, Schedule) else options
 
     def _is_pytorchs(self) -> bool:
-        """Whether no option is set that PyTorch lacks. Values of a wrong type are left to the gate to refuse."""
+        """Return whether no option is set that PyTorch lacks. Values of a wrong type are left to the gate to refuse."""
         own = self.__dict__  # numbers and words; tensors are buffers
         plain = all(type(own.get(name)) is kind and own[name] == value for name, value, kind in _BEYOND_PYTORCH)
         return plain and direct.is_default(own.get("backend", ""))

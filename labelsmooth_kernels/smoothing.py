@@ -173,7 +173,8 @@ def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ig
 
 
 def _classes(name: str, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Which of them are classes, and all of them with 0 for those that are none, where they cannot be looked at."""
+    """Return which of the values are classes, and the values with 0 in the place of the others. The others raise an
+    IndexError where they may be read."""
     good = (classes >= 0) & (classes < num_classes)
     if readable(classes) and not good.all():
         raise IndexError(f"{name} must be in [0, {num_classes}), got {int(classes[~good].flatten()[0])}")

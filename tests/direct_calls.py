@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytest
 import torch
 from drop_in import K
 from torch import Tensor
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import functional, modules
+from labelsmooth_kernels.backends import BACKENDS
 
-if TYPE_CHECKING:
-    import pytest
-
+MISSING = BACKENDS["cpu"].unavailable()
+NEEDS_EXTENSION = pytest.mark.skipif(MISSING is not None, reason=f"backend cpu: {MISSING}")
 REDUCTIONS = ("mean", "sum", "none")
 EPS = 0.1
 GATE = functional.apply_spec

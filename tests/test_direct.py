@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_unless_available
-from direct_calls import EPS, REDUCTIONS, SOFT, WEIGHT, X, Y, by_the_gate, close_the_gate, drawn
+from direct_calls import EPS, NEEDS_EXTENSION, REDUCTIONS, SOFT, WEIGHT, X, Y, by_the_gate, close_the_gate, drawn
 from drop_in import K, arguments
 from rule import HALF, Problem, expect, judge_grad, judge_loss
 from torch import Tensor
@@ -28,9 +27,7 @@ DTYPES = (*HALF, torch.float32, torch.float64)
 SHAPES = ((K,), (1, K), (9, K), (4, K, 3), (2, K, 3, 2), (2, K, 1, 2, 3))
 
 
-@pytest.fixture(autouse=True)
-def extension() -> None:
-    skip_unless_available("cpu")
+pytestmark = NEEDS_EXTENSION
 
 
 @pytest.fixture
