@@ -192,9 +192,11 @@ bool is_served(const Tensor& input, const Tensor& target, OptionalTensor weight,
 std::optional<Tensor> cross_entropy(const Tensor& input, const Tensor& target, OptionalTensor weight,
                                     int64_t ignore_index, Reduction reduction, double eps) {
   if (!is_served(input, target, weight, ignore_index, eps)) return {};
+  const bool recorded = at::GradMode::is_enabled() && input.requires_grad();
+  if (recorded && (target.is_inference() || (weight && weight->is_inference()))) return {};  // autograd cannot save it
   Options options = {{}, eps, ignore_index};
   if (weight) options.weight = weight->to(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-  if (at::GradMode::is_enabled() && input.requires_grad()) return Loss::apply(input, target, options, reduction);
+  if (recorded) return Loss::apply(input, target, options, reduction);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;  // so that the losses are no view
   const Rows rows(input, target, options);
   if (reduction == Reduction::kNone) return rows.losses().first.view(row_shape(input));

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from . import reference
 from .ops import RowCall
-from .spec import LossSpec, Rows, transformed
+from .spec import LossSpec, Rows
+from .torch_state import gradient_is_shared, graph_is_kept, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,12 +76,6 @@ def _refuse_overwritten(spec: LossSpec) -> None:
         )
 
 
-def graph_is_kept() -> bool:
-    """Whether the backward in progress may run again (retain_graph): then what it needs must stay as it is. A compiled
-    backward cannot know, so it takes itself for kept."""
-    return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
 def row_scale(row_weight: Tensor | None, denominator: Tensor | None) -> Tensor | None:
     """The factor of every row: one element, one per row, or None for 1."""
     if denominator is None:
@@ -127,7 +122,7 @@ class OnePass(torch.autograd.Function):
             _refuse_overwritten(ctx.spec)
             scaled = (upstream if scale is None else upstream * scale).expand(tensors[-1].shape[1])
             grad = Gradient.apply(*tensors, scaled, ctx.number, ctx.spec, ctx.kernels, LOGITS)  # type: ignore[no-untyped-call]
-        elif graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        elif gradient_is_shared(upstream):
             grad = grad * upstream
         else:
             ctx.kernels.scale_(grad, upstream)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .spec import FLOAT_DTYPES, ArgumentError, Rows, constant_in_graphs, recorded, require
+from .spec import FLOAT_DTYPES, ArgumentError, Rows, require
+from .torch_state import constant_in_graphs, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import check_names, options_of, plain_float, plain_int, takes
+from .arguments import check_names, options_of, plain_float, plain_int, takes, unscriptable
 from .classwise import Classwise, count
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
@@ -71,6 +71,7 @@ _SCALES = [_OPTIONS[name] for name in ("logit_scale", "softcap")]
 _OF_LOGITS, _OF_HEAD = ("class_dim",), ("linear_bias", "chunk_rows")
 
 
+@unscriptable
 @takes([*PASSED_ON, *_SCALES])
 def evaluate(
     input: Batches,
@@ -102,6 +103,7 @@ def evaluate(
     return total
 
 
+@unscriptable
 @takes([*PASSED_ON[:-1], *_SCALES])
 @torch.no_grad()
 def evaluate_classwise(
@@ -190,6 +192,7 @@ class Temperature(NamedTuple):
     """passes over the logits"""
 
 
+@unscriptable
 @takes(PASSED_ON)
 def fit_temperature(
     input: Batches,
@@ -276,6 +279,7 @@ def _at_scale(
     return tuple(torch.stack(sums).sum(0).tolist()), sum(found[1:], found[0])
 
 
+@unscriptable
 def plot_reliability(calibrations: Mapping[str, Calibration], path: str | None = None, *, scheme: str = "width") -> Any:
     """Reliability diagrams side by side, accuracy over confidence with the diagonal and how many rows each bin holds;
     written to ``path`` where one is given. Returns the figure. Needs matplotlib (``pip install

@@ -22,7 +22,8 @@ from .chunked import rows_per_chunk
 from .functional import check_targets, prepare
 from .linear import LinearSpec, check_operands
 from .reliability import UNIT, error_of
-from .spec import ArgumentError, LossSpec, accumulate_dtype, readable, require
+from .spec import ArgumentError, LossSpec, accumulate_dtype, require
+from .torch_state import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

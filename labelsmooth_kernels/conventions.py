@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Required
 
-from .arguments import plain_float, plain_int
+from .arguments import plain_float, plain_int, unscriptable
 from .reference import uniform_epsilon, weights
 from .spec import require
 
@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     reduction: str
 
 
+@unscriptable
 def target_entropy(label_smoothing: float, num_classes: int, smoothing: str = "uniform") -> float:
     """H(q) = -Σ q·log q of a smoothed row: what a Kullback-Leibler form subtracts from each valid row's loss.
 
@@ -50,6 +51,7 @@ def target_entropy(label_smoothing: float, num_classes: int, smoothing: str = "u
     return -sum(n * float(q) * math.log(q) for n, q in ((1, a + b), (num_classes - 1, b)) if q > 0)
 
 
+@unscriptable
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Labels (..., T) moved one position ahead, the last one ignored: position t is to predict token t + 1.
 
@@ -58,6 +60,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=plain_int(ignore_index))
 
 
+@unscriptable
 def fairseq(
     label_smoothing: Number, padding_idx: int, sample_size: Number | None = None, smoothing: str = "others"
 ) -> Options:
@@ -73,6 +76,7 @@ def fairseq(
     return _smoothed(label_smoothing, smoothing, ignore_index=padding_idx, **_over(sample_size, "sum"))
 
 
+@unscriptable
 def espnet(smoothing: Number, padding_idx: int = -1, batch_size: Number | None = None) -> Options:
     """ESPnet, ``LabelSmoothingLoss`` in nets/pytorch_backend/transformer/label_smoothing_loss.py.
 
@@ -84,6 +88,7 @@ def espnet(smoothing: Number, padding_idx: int = -1, batch_size: Number | None =
     return _smoothed(smoothing, "others", ignore_index=padding_idx, **_over(batch_size, "mean"))
 
 
+@unscriptable
 def wenet(smoothing: Number, padding_idx: int = -1, batch_size: Number | None = None) -> Options:
     """WeNet, ``LabelSmoothingLoss`` in wenet/transformer/label_smoothing_loss.py: :func:`espnet` in every number.
 
@@ -92,6 +97,7 @@ def wenet(smoothing: Number, padding_idx: int = -1, batch_size: Number | None = 
     return espnet(smoothing, padding_idx, batch_size)
 
 
+@unscriptable
 def nemo(label_smoothing: Number, pad_id: int, labels: Tensor, eps: float = 1e-6) -> Options:
     """NeMo, ``SmoothedCrossEntropyLoss`` in collections/common/losses/smoothed_cross_entropy.py.
 
@@ -105,6 +111,7 @@ def nemo(label_smoothing: Number, pad_id: int, labels: Tensor, eps: float = 1e-6
     return _smoothed(label_smoothing, "others", ignore_index=pad_id, normalizer=count)
 
 
+@unscriptable
 def megatron(label_smoothing: Number) -> Options:
     """Megatron-LM, ``vocab_parallel_cross_entropy`` in core/tensor_parallel/cross_entropy.py, at one rank.
 
@@ -117,6 +124,7 @@ def megatron(label_smoothing: Number) -> Options:
     return _smoothed(label_smoothing, "others", reduction="none")
 
 
+@unscriptable
 def opennmt(label_smoothing: Number, padding_idx: int, normalization: Number | None = None) -> Options:
     """OpenNMT-py from 3.0.3 on, ``LossCompute`` in onmt/utils/loss.py: PyTorch's uniform form, summed.
 
@@ -126,6 +134,7 @@ def opennmt(label_smoothing: Number, padding_idx: int, normalization: Number | N
     return _smoothed(label_smoothing, "uniform", ignore_index=padding_idx, **_over(normalization, "sum"))
 
 
+@unscriptable
 def opennmt_kl(
     label_smoothing: float,
     tgt_vocab_size: int,
@@ -153,16 +162,19 @@ def opennmt_kl(
     return _smoothed(eps, prior, ignore_index=ignore_index, **_over(normalization, "sum"))
 
 
+@unscriptable
 def timm(smoothing: Number = 0.1) -> Options:
     """timm, ``LabelSmoothingCrossEntropy`` in loss/cross_entropy.py: uniform, mean over all rows. Source: 1.0.31."""
     return _smoothed(smoothing, "uniform")
 
 
+@unscriptable
 def timm_soft_target() -> Options:
     """timm, ``SoftTargetCrossEntropy`` in the same file: -Σ t·log p for class probabilities t, mean over all rows."""
     return _smoothed(0.0, "uniform")
 
 
+@unscriptable
 def hugging_face(epsilon: Number = 0.1, ignore_index: int = -100, num_items_in_batch: Number | None = None) -> Options:
     """transformers, ``LabelSmoother`` of the Trainer in trainer_pt_utils.py: uniform over the active tokens.
 
@@ -175,6 +187,7 @@ def hugging_face(epsilon: Number = 0.1, ignore_index: int = -100, num_items_in_b
     return _smoothed(epsilon, "uniform", ignore_index=ignore_index, **_over(num_items_in_batch, "mean"))
 
 
+@unscriptable
 def keras(
     label_smoothing: Number = 0.0, reduction: str | None = "sum_over_batch_size", sample_weight: Number | None = None
 ) -> Options:
@@ -204,6 +217,7 @@ def keras(
     return _smoothed(label_smoothing, "uniform", **options)
 
 
+@unscriptable
 def optax(alpha: Number) -> Options:
     """optax, ``softmax_cross_entropy(logits, smooth_labels(labels, alpha))`` in losses/_classification.py.
 

@@ -20,21 +20,13 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import checks_names, plain_float, plain_int, same_shape
+from .arguments import checks_names, plain_float, plain_int, same_shape, unscriptable
 from .chunked import Soft
 from .distillation_autograd import Mix, Source, by_kernel, by_reference
 from .functional import check_same_device, check_targets, prepare, reduce
-from .spec import (
-    FLOAT_DTYPES,
-    ArgumentError,
-    LossSpec,
-    accumulate_dtype,
-    constant,
-    readable,
-    require,
-    transformed,
-)
+from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, accumulate_dtype, constant, require
 from .targets import Teacher, teacher_rows
+from .torch_state import readable, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,6 +50,7 @@ class DistillationTerms(NamedTuple):
     """the smoothed cross-entropy; 0 where alpha is 1"""
 
 
+@unscriptable
 def sharpen(probabilities: Tensor, temperature: float, dim: int = -1) -> Tensor:
     """p^(1/T) / Σ p^(1/T): sharper for T < 1, flatter for T > 1, one-hot as T → 0. As softmax(log p / T), in which no
     power under- or overflows.
@@ -135,7 +128,8 @@ def distillation_loss(
         input: the student's logits, as in :func:`labelsmooth_kernels.cross_entropy`.
         teacher: logits of the shape of ``input``; :class:`Probabilities` of that shape; or a
             :class:`labelsmooth_kernels.Teacher` (hidden states and a head), whose logits are made a chunk of rows at a
-            time. A constant: compute it under torch.no_grad or detach() it; where it requires a gradient, that raises.
+            time. A constant: where it requires a gradient, that raises. Compute it under torch.no_grad; or, where the
+            loss is not compiled, under torch.inference_mode, whose tensors a compiled program cannot save.
         target: class indices as in ``cross_entropy``; rows with ``ignore_index`` have zero loss and gradient, of both
             terms. None: no second term, every row counts, and ``alpha`` is 1.
         temperature: T > 0, of both sides of the first term; from a few hundred on T²·KL is what float32 leaves of it.

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .autograd import graph_is_kept, row_arguments, row_scale
+from .autograd import row_arguments, row_scale
 from .chunked import Soft, rows_per_chunk, teacher_logits
 from .functional import denominator, reduce
 from .spec import Rows, accumulate_dtype
+from .torch_state import gradient_is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,7 +173,7 @@ class _Distill(torch.autograd.Function):
         if torch.is_grad_enabled():
             scaled = (upstream if scale is None else upstream * scale).expand(x.shape[0])
             grad = _gradient(ctx, scaled)
-        elif graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        elif gradient_is_shared(upstream):
             grad = grad * upstream
         else:
             backends.kernels_of(ctx.call[-1]).scale_(grad, upstream)

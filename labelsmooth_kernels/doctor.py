@@ -15,7 +15,7 @@ import torch
 
 from . import backends
 from .functional import cross_entropy
-from .spec import CHECK_TARGETS
+from .torch_state import CHECK_TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

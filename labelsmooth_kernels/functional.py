@@ -15,7 +15,6 @@ from .arguments import checks_names, known_size, same_shape, takes
 from .autograd import OnePass, RowLoss, TransformableRowLoss, row_arguments
 from .reference import RowStats
 from .spec import (
-    CHECK_TARGETS,
     FLOAT_DTYPES,
     INDEX_DTYPES,
     LOSS_PARAMETERS,
@@ -26,11 +25,10 @@ from .spec import (
     check_index_targets,
     check_prior,
     prior_mass,
-    readable,
     reduction_of,
     require,
-    transformed,
 )
+from .torch_state import CHECK_TARGETS, readable, savable, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -117,7 +115,8 @@ def cross_entropy(
             allowed.
         IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
             are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
-            Priors are looked at under the same conditions, but not under torch.compile and torch.func.
+            Priors are looked at under the same conditions, but where vmap maps over them; a program that torch.compile
+            or torch.export makes looks on a CPU alone, and raises a RuntimeError.
 
     Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 four
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
@@ -176,6 +175,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     """Check the tensors against each other; returns the call as rows, and the shape of one value per row. With
     ``shard`` there are other classes elsewhere, and there may be none here."""
     class_dim = _class_dim(input, target, spec) % input.dim()
+    target = savable(target)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
     if known_size(num_classes, 0) and (n or target.numel()) and not shard:
@@ -261,7 +261,12 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
 
 
 def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    """Raise unless a tensor lies on the device of input, and element by element."""
+    """Raise unless a tensor lies whole on the device of input, element by element."""
+    if is_dtensor(tensor):
+        raise ArgumentError(
+            f"{name} must be a plain tensor, got a DTensor: cross_entropy and linear_cross_entropy serve them where "
+            "input, or linear_weight, is one; elsewhere use its full_tensor()"
+        )
     if tensor.layout != torch.strided:
         raise ArgumentError(f"{name} must be a strided tensor, got one of layout {tensor.layout}")
     if tensor.device != input.device:
@@ -295,7 +300,7 @@ def _class_vector(name: str, vector: Tensor | None, logits: Tensor) -> Tensor | 
         raise ArgumentError(f"{name} must have shape ({num_classes},), one value per class, got {tuple(vector.shape)}")
     check_same_device(name, vector, logits)
     require(vector.dtype in FLOAT_DTYPES, name, vector, "a floating-point tensor")
-    return vector.to(accumulate_dtype(logits.dtype)).contiguous()
+    return savable(vector.to(accumulate_dtype(logits.dtype)).contiguous())
 
 
 def _prior(smoothing: Tensor, logits: Tensor, shard: bool) -> Tensor | None:
@@ -319,7 +324,7 @@ def _per_row(name: str, values: Tensor, shape: torch.Size, logits: Tensor) -> Te
         values = values.to(logits.device)
     check_same_device(name, values, logits)
     require(not values.dtype.is_complex, name, values, "real")
-    return values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous()
+    return savable(values.reshape(-1).to(accumulate_dtype(logits.dtype)).contiguous())
 
 
 def _scalar(value: float, logits: Tensor) -> Tensor:
@@ -349,7 +354,7 @@ def denominator(rows: Rows) -> Tensor | None:
     if isinstance(spec.normalizer, str):  # "rows"
         return reference.normalizer(rows._replace(weight=None, row_weight=None))
     if isinstance(spec.normalizer, Tensor):
-        return spec.normalizer.reshape(()).to(rows.logits.device, accumulate_dtype(rows.logits.dtype))
+        return savable(spec.normalizer.reshape(()).to(rows.logits.device, accumulate_dtype(rows.logits.dtype)))
     return _scalar(spec.normalizer, rows.logits)
 
 

@@ -33,17 +33,9 @@ from .functional import (
     shaped,
 )
 from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
-from .spec import (
-    CHECK_TARGETS,
-    FLOAT_DTYPES,
-    LOSS_PARAMETERS,
-    ArgumentError,
-    LossSpec,
-    Rows,
-    require,
-    transformed,
-)
+from .spec import FLOAT_DTYPES, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require
 from .targets import Teacher, TopK, check_top_k, flat, teacher_rows, top_k
+from .torch_state import CHECK_TARGETS, savable, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -300,7 +292,8 @@ def _prepare_linear(
         else:
             given, soft = teacher_rows("target", target, stand_in)
         rows = rows._replace(target=given)
-    operands = (flat(input), linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten())
+    bias = None if linear_bias is None else savable(linear_bias.flatten())
+    operands = (savable(flat(input)), savable(linear_weight.flatten(0, -2)), bias)
     return _Call(rows, operands, soft, positions, shape, logits_shape, target)
 
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import LOGITS, Gradient, graph_is_kept, row_arguments, row_scale
+from .autograd import LOGITS, Gradient, row_arguments, row_scale
 from .backends import kernels_of
 from .chunked import How, Soft, dense_target
 from .ops import NAMESPACE
 from .spec import LossSpec, Rows
+from .torch_state import gradient_is_shared
 
 
 class Path(NamedTuple):
@@ -172,7 +173,7 @@ class LinearOnePass(torch.autograd.Function):
             rows = (upstream if scale is None else upstream * scale).expand(saved.shape[1])
             return *_differentiable(_Tensors(*tensors), rows, saved, *ctx.constants), *nothing
         grads = [g if want else None for g, want in zip((d_hidden, d_weight, d_bias), path.wanted, strict=True)]
-        if graph_is_kept() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+        if gradient_is_shared(upstream):
             return *(None if g is None else g * upstream for g in grads), *nothing
         for grad in grads:
             if grad is not None:

@@ -300,8 +300,9 @@ class LinearCrossEntropyLoss(CrossEntropyLoss[Result]):
 def _check_plain(linear: nn.Module) -> None:
     """Raise for a head that computes more than ``F.linear(input, weight, bias)``, which the loss would leave out."""
     reason = None
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        reason = f"{type(linear).__name__} with a forward of its own"
+    own = [name for name in ("forward", "__call__") if getattr(type(linear), name) is not getattr(nn.Linear, name)]
+    if own or "forward" in vars(linear):
+        reason = f"{type(linear).__name__} with a {own[0] if own else 'forward'} of its own"
     else:
         registered = (
             linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks

@@ -24,8 +24,9 @@ from .linear import HEAD_PARAMETERS, LinearSpec, autocasts, check_operands, head
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import LOSS_OPTIONS, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require, transformed
+from .spec import LOSS_OPTIONS, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require
 from .targets import TopK, top_k
+from .torch_state import savable, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from .options import LossOptions
     from .reference import RowStats
+
+__all__ = ["cross_entropy", "linear_cross_entropy", "token_count"]
 
 
 @overload
@@ -187,7 +190,8 @@ def linear_cross_entropy(
     head = Head(dtype, grad_reduce, chunk_rows or 0, grad_accumulation == "float32", wanted)
     where = Where.of(rows, shape, group, num_classes, chosen.name)
     given = (*row_tensors(rows, where), indices, *row_constants(rows, where), head, one_pass)
-    loss, w_y, stats, prediction = ShardedLinear.apply(flat, linear_weight, linear_bias, *given)  # type: ignore[no-untyped-call]
+    tensors = (t if t is None else savable(t) for t in (flat, linear_weight, linear_bias))
+    loss, w_y, stats, prediction = ShardedLinear.apply(*tensors, *given)  # type: ignore[no-untyped-call]
     if one_pass:
         return shaped(loss, stats_of(spec, stats, prediction), shape, spec)
     return _result(loss, w_y, stats_of(spec, stats, prediction), rows, shape)
@@ -218,6 +222,7 @@ def _result(
     return shaped(loss, stats, shape, rows.spec)
 
 
+@unscriptable
 def token_count(target: Tensor, group: dist.ProcessGroup | None = None, ignore_index: int = -100) -> Tensor:
     """How many targets of all ranks of ``group`` are not ``ignore_index``: the ``normalizer`` of a mean over ranks of
     data, sequence or context parallelism. A 0-dimensional int64 tensor on the device of ``target``; the sum runs in the

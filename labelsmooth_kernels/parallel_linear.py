@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .autograd import called_rows, graph_is_kept, row_arguments, row_scale
+from .autograd import called_rows, row_arguments, row_scale
 from .backends import kernels_of
 from .chunked import GRADIENTS_SCHEMA, Gradients, How, Problem, Soft, dense_target, in_range, rows_per_chunk
 from .ops import NAMESPACE, ROW_SCHEMA, RowCall, fake_gradients
@@ -36,6 +36,7 @@ from .reference import RowStats
 from .shards import IGNORED, Layout, Whole, find, gradient_call, plain_gradient, target_weight
 from .spec import Rows, accumulate_dtype
 from .targets import check_top_k
+from .torch_state import graph_is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

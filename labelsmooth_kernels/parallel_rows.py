@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import called_rows, graph_is_kept, row_arguments
+from .autograd import called_rows, row_arguments
 from .backends import BACKENDS
 from .functional import denominator
 from .ops import LIBRARY, NAMESPACE, ROW_SCHEMA, RowCall
@@ -23,6 +23,7 @@ from .ranks import Agreement, Exchange, check_together, group_named, refuse_grap
 from .reference import RowStats
 from .shards import Place, Whole, find, gradient_call, plain_gradient, plain_target_gradient
 from .spec import LossSpec, Rows, accumulate_dtype, prior_mass
+from .torch_state import graph_is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .fusing import fused, fuses
 from .shards import Found, Layout, Whole, merge, packed
-from .spec import ArgumentError, Rows, check_index_targets, check_prior_mass, outside_graphs, recorded
+from .spec import ArgumentError, Rows, check_index_targets, check_prior_mass
+from .torch_state import outside_graphs, recorded
 
 MANY = 16
 """Up to so many ranks one message is as fast as two: its bytes take less time than a message does."""

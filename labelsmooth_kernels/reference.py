@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import plain_float, plain_int
+from .arguments import plain_float, plain_int, unscriptable
 from .spec import LossSpec, Rows, accumulate_dtype, require
 
 
@@ -72,6 +72,7 @@ def uniform_epsilon(eps: float | Tensor, K: int | Tensor, smoothing: str | Tenso
     return eps * K / (K - 1) if isinstance(smoothing, str) and smoothing == "others" else eps
 
 
+@unscriptable
 def optimal_gap(eps: float, K: int, smoothing: str = "uniform") -> float:
     """z_y - z_other at the minimum of the loss: log((K-1)(1-ε)/ε) for "others", log(1 + K(1-ε)/ε) for "uniform"; ∞ for
     ε = 0. Raises ArgumentError for an ε outside [0, 1], fewer than 2 classes, another convention.

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import plain_int
+from .arguments import plain_int, unscriptable
 from .reference import RowStats
-from .spec import INDEX_DTYPES, ArgumentError, readable, require
+from .spec import INDEX_DTYPES, ArgumentError, require
+from .torch_state import readable
 
 SCHEMES = ("width", "mass")
 NORMS = ("l1", "l2", "max")
@@ -157,6 +158,7 @@ def _interpolated(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.lerp(y[i - 1], y[i], (at - x[i - 1]) / (x[i] - x[i - 1]))
 
 
+@unscriptable
 def collect(stats: RowStats, target: Tensor, *, bins: int = 15, ignore_index: int = -100) -> Calibration:
     """The sums over the rows of a call, from its statistics: on their device, without a synchronisation with a GPU.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import plain_int
+from .arguments import plain_int, unscriptable
 from .spec import INDEX_DTYPES, require
 
 
@@ -34,6 +34,7 @@ class Plane(NamedTuple):
         return (features.double() - self.origin) @ self.basis.T
 
 
+@unscriptable
 def template_plane(linear_weight: Tensor, classes: tuple[int, int, int]) -> Plane:
     """The plane through the templates of three classes.
 
@@ -87,6 +88,7 @@ class Scatter(NamedTuple):
         return self.within / total if total > 0 else math.nan
 
 
+@unscriptable
 def class_scatter(features: Tensor, target: Tensor, *, ignore_index: int = -100) -> Scatter:
     """How tightly the features of each class lie together, and how far apart the classes.
 
@@ -117,6 +119,7 @@ def class_scatter(features: Tensor, target: Tensor, *, ignore_index: int = -100)
     return Scatter(float(within), float(between), float(h.norm(dim=1).mean()))
 
 
+@unscriptable
 def mutual_information(values: Tensor) -> float:
     """An estimate of the mutual information, in nats, between which input it was and a number the network makes of it.
 

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import known_size, plain_float, plain_int, same_shape, takes
+from .arguments import known_size, plain_float, plain_int, same_shape, takes, unscriptable
 from .calibration import PASSED_ON, Calibration, check_options, evaluate, fit_temperature
 from .conventions import target_entropy
 from .reference import optimal_gap
-from .spec import INDEX_DTYPES, ArgumentError, readable, require
+from .spec import INDEX_DTYPES, ArgumentError, require
 from .targets import TopK
+from .torch_state import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@unscriptable
 def excess_loss(loss: float, label_smoothing: float, num_classes: int, smoothing: str = "uniform") -> float:
     """A mean smoothed loss minus the least one, H(q): mean KL(q ‖ p), >= 0 but for rounding.
 
@@ -50,6 +52,7 @@ def excess_loss(loss: float, label_smoothing: float, num_classes: int, smoothing
     return loss - target_entropy(label_smoothing, num_classes, smoothing)
 
 
+@unscriptable
 def unigram_prior(counts: Tensor, power: float = 1.0, add: float = 0.0) -> Tensor:
     """u_k ∝ (counts_k + add)^power, a prior for ``smoothing=``: float64 (K,) that sums to 1.
 
@@ -82,6 +85,7 @@ def unigram_prior(counts: Tensor, power: float = 1.0, add: float = 0.0) -> Tenso
     return torch.where(total == 0, -math.inf, power * total.log()).softmax(0)
 
 
+@unscriptable
 def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) -> TopK:
     """Soft targets that smooth over each class's own neighbours: q = (1 - ε)·[k=y] + ε·neighbours of y.
 
@@ -127,6 +131,7 @@ def neighbour_targets(target: Tensor, label_smoothing: float, neighbours: TopK) 
     return TopK(torch.cat((target.unsqueeze(-1), indices[target]), -1), torch.cat((kept, share), -1).float())
 
 
+@unscriptable
 def temporal_targets(target: Tensor, weights: Sequence[float] = (0.05, 0.02), ignore_index: int = -100) -> TopK:
     """Soft targets that smooth over what stands before and after in a sequence: mass ``weights[i]`` in all on the two
     positions at distance i + 1, the rest on the target.
@@ -195,6 +200,7 @@ class Trial(NamedTuple):
     found: Calibration
 
 
+@unscriptable
 @takes(PASSED_ON)
 def compare(
     outputs: Mapping[float, Sequence[Any]],
@@ -244,6 +250,7 @@ def compare(
     return trials
 
 
+@unscriptable
 def trial_table(trials: Sequence[Trial]) -> str:
     """The trials as a Markdown table."""
     lines = [
@@ -260,6 +267,7 @@ def trial_table(trials: Sequence[Trial]) -> str:
     return "\n".join(lines)
 
 
+@unscriptable
 def plot_trials(trials: Sequence[Trial], path: str | None = None) -> Any:
     """NLL, ECE and accuracy over ε, a line for every temperature and a dotted one for the fitted; written to ``path``
     where one is given. Returns the figure. Needs matplotlib (``pip install labelsmooth_kernels[plot]``)."""
@@ -287,6 +295,7 @@ def plot_trials(trials: Sequence[Trial], path: str | None = None) -> Any:
 # ---- schedules
 
 
+@unscriptable
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
     """ε that goes from ``start`` to ``end`` in equal steps and stays there."""
     require(steps > 0, "steps", steps, "> 0")
@@ -297,6 +306,7 @@ def _linear(start: float, end: float, steps: int, step: int) -> float:
     return start + (end - start) * min(max(step / steps, 0.0), 1.0)
 
 
+@unscriptable
 def cosine(start: float, end: float, steps: int) -> Callable[[int], float]:
     """ε that goes from ``start`` to ``end`` along half a cosine and stays there."""
     require(steps > 0, "steps", steps, "> 0")

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import os
-import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn._reduction import get_enum, legacy_get_string
-from torch.utils.dlpack import from_dlpack
 
 from .arguments import checks_names, plain_float, plain_int
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+from .torch_state import (
+    assert_at_run_time,
+    constant_in_graphs,
+    func_level,
+    nested_forward_mode,
+    readable,
+    savable,
+    transformed,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
-CHECK_TARGETS = "LABELSMOOTH_CHECK_TARGETS"
-"""The environment variable that makes an out-of-range target, or a bad prior, raise on a GPU too; looking
-synchronises."""
 
 
 class ArgumentError(ValueError, RuntimeError):
@@ -42,83 +38,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is in progress, which may wrap any tensor; what
-    torch.compile makes of them shows no sign of it."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def constant_in_graphs(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Mark a function that torch.compile calls while tracing and whose result it takes for a constant.
-
-    ``torch.compiler.assume_constant_result`` sets the same mark, but imports torch._dynamo first: 2.5 s of every start.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-def outside_graphs(reason: str) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Keep a function out of what torch.compile traces; ``reason`` is part of the error under ``fullgraph=True``.
-
-    This is ``torch.compiler.disable``, which imports torch._dynamo, put off until somebody else has imported that: the
-    wrapper carries the marks by which the tracer stops at it, and calls the function disabled.
-    """
-
-    def mark(function: Callable[_P, _T]) -> Callable[_P, _T]:
-        @functools.wraps(function)
-        def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            plain = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
-            return plain(*args, **kwargs)
-
-        run._torchdynamo_disable, run._torchdynamo_disable_msg = True, reason  # type: ignore[attr-defined]
-        return run
-
-    return mark
-
-
-@constant_in_graphs  # torch.compile guards on it by itself
-def _func_level() -> int | None:
-    return torch._C._functorch.maybe_current_level()
-
-
-def nested_forward_mode() -> bool:
-    """Whether torch.func.jvp runs inside itself, where PyTorch drops the outer tangent of any autograd.Function."""
-    if torch.compiler.is_compiling():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
-
-
-def recorded() -> bool:
-    """Whether torch.jit.trace, or an exporter that uses it, records what is computed."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
-def traced() -> bool:
-    """Whether the values of a tensor cannot be looked at: under torch.compile, torch.export and torch.func."""
-    return torch.compiler.is_compiling() or transformed()
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether the gate may read the values of an argument: they exist, outside of tracing and fake tensors, and reading
-    them does not synchronise, or :data:`CHECK_TARGETS` asks for it."""
-    if traced() or recorded():
-        return False
-    modes = torch._C._TorchDispatchModeKey
-    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
-        return False
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
-        return False
-    return tensor.device.type == "cpu" or os.environ.get(CHECK_TARGETS) == "1"
-
-
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise an :class:`ArgumentError` that names the argument, its value and what is allowed, unless ``condition``."""
     if not condition:
-        shown = f"a {tuple(value.shape)} {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
-        raise ArgumentError(f"{name} must be {allowed}, got {shown}")
+        raise ArgumentError(f"{name} must be {allowed}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    layout = "" if value.layout == torch.strided else f" of layout {value.layout}"
+    return f"a {tuple(value.shape)} {value.dtype} tensor{layout}"
 
 
 _PLAIN = dict.fromkeys(("ignore_index", "class_dim"), plain_int) | dict.fromkeys(
@@ -139,18 +69,14 @@ def _old_reduction(size_average: bool | None, reduce: bool | None) -> str:
 
 
 def constant(name: str, tensor: Tensor) -> Tensor:
-    """An argument that the loss takes for a constant, as a tensor that autograd can save, also where it was made under
-    torch.inference_mode; without a copy. An :class:`ArgumentError` where a derivative is asked of it: None would go
-    unseen."""
+    """An argument that the loss takes for a constant, :func:`savable`. An :class:`ArgumentError` where a derivative is
+    asked of it: None would go unseen."""
     asked = tensor.requires_grad and torch.is_grad_enabled()
     if not asked and transformed():
         asked = forward_ad.unpack_dual(tensor).tangent is not None
     if asked:
         raise ArgumentError(f"{name} must not require a gradient: the loss takes it for a constant; detach() it")
-    tensor = tensor.detach()
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
-        return tensor
-    return from_dlpack(tensor)
+    return savable(tensor.detach())
 
 
 def _is_number(value: object) -> bool:
@@ -238,9 +164,9 @@ class LossSpec:
             raise ArgumentError(
                 f"normalizer replaces the denominator of reduction='mean', got reduction={self.reduction!r}"
             )
-        allowed = "a finite number > 0 or 'rows' or a tensor of one element"
+        allowed = "a finite number > 0 or 'rows' or a strided tensor of one element"
         if isinstance(n, Tensor):
-            require(n.numel() == 1, "normalizer", n, allowed)
+            require(n.numel() == 1 and n.layout == torch.strided, "normalizer", n, allowed)
         else:
             require(n == "rows" or (_is_number(n) and 0 < n < math.inf), "normalizer", n, allowed)  # type: ignore[operator]
 
@@ -289,7 +215,7 @@ class LossSpec:
             "a gradient through torch.export (under torch.no_grad it serves)": self.backend is None
             and torch.compiler.is_exporting()
             and torch.is_grad_enabled(),
-            "torch.func inside torch.compile": torch.compiler.is_compiling() and _func_level() is not None,
+            "torch.func inside torch.compile": torch.compiler.is_compiling() and func_level() is not None,
         }
         return frozenset(word for word, is_asked in asked.items() if is_asked)
 
@@ -315,10 +241,15 @@ def _check_epsilon(eps: object) -> None:
 
 
 def check_prior(prior: Tensor) -> None:
-    """Raise for a prior (K,) that is no distribution, where it is readable."""
+    """Raise for a prior (K,) that is no distribution, where it is readable; what torch.compile makes of the call on a
+    CPU looks when it runs, and can show no values."""
     mass = prior_mass(prior)
     if mass is not None:
         check_prior_mass(mass, len(prior))
+    elif torch.compiler.is_compiling() and prior.device.type == "cpu" and func_level() is None:
+        wide = prior.detach().to(accumulate_dtype(prior.dtype))
+        good = (wide >= 0).all() & ((wide.sum() - 1).abs() <= _mass_may_be_off_by(len(prior)))
+        assert_at_run_time(good, "smoothing must be a prior whose entries are all >= 0 and sum to 1")
 
 
 def prior_mass(prior: Tensor) -> float | None:
@@ -332,16 +263,18 @@ def prior_mass(prior: Tensor) -> float | None:
 
 
 def check_prior_mass(mass: float, num_classes: int) -> None:
-    """Raise for a prior that is not normalised.
-
-    What a normalised one may be off by: bfloat16 rounds counts, their sum and the quotient by 2⁻⁸ each, 2⁻⁶ is more
-    than that; float16 rounds an entry below its normal numbers by up to 2⁻²⁵, all of them in one direction at worst.
-    The dtype says nothing of either, as a prior may have been cast since.
-    """
-    if not abs(mass - 1) <= 2**-6 + num_classes * 2**-25:
+    """Raise for a prior that is not normalised."""
+    if not abs(mass - 1) <= _mass_may_be_off_by(num_classes):
         raise ArgumentError(
             f"smoothing must be a prior that sums to 1, got one that sums to {mass:.7g}: divide it by that"
         )
+
+
+def _mass_may_be_off_by(num_classes: int) -> float:
+    """What the sum of a normalised prior may be off by: bfloat16 rounds counts, their sum and the quotient by 2⁻⁸ each,
+    2⁻⁶ is more than that; float16 rounds an entry below its normal numbers by up to 2⁻²⁵, all of them in one direction
+    at worst. The dtype says nothing of either, as a prior may have been cast since."""
+    return 2**-6 + num_classes * 2**-25
 
 
 def check_index_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .arguments import plain_float, same_shape
 from .chunked import Soft
 from .functional import check_same_device
-from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, constant, readable, require
+from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, constant, require
+from .torch_state import readable, savable
 
 
 class TopK(NamedTuple):
@@ -26,7 +27,8 @@ class TopK(NamedTuple):
 class Teacher(NamedTuple):
     """A soft target softmax(logit_scale·(hidden·linear_weightᵀ + linear_bias)), computed a chunk of rows at a time;
     ``linear_cross_entropy`` takes it as ``target``. A constant: a tensor of it that requires a gradient raises an
-    ArgumentError, so compute it under torch.no_grad or detach() it."""
+    ArgumentError, so compute it under torch.no_grad or detach() it; or, where the loss is not compiled, under
+    torch.inference_mode."""
 
     hidden: Tensor
     """(..., D') of any D'"""
@@ -55,7 +57,7 @@ def top_k(target: TopK, logits: Tensor) -> tuple[Tensor, Soft]:
         check_same_device(f"target.{name}", value, logits)
     if probabilities.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("target.probabilities must not require a gradient: use detach(), or dense probabilities")
-    return flat(probabilities), Soft(indices=flat(indices).to(torch.int64))
+    return savable(flat(probabilities)), Soft(indices=savable(flat(indices).to(torch.int64)))
 
 
 def check_top_k(indices: Tensor, num_classes: int) -> None:

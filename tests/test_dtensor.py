@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels.distillation import distillation_loss
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "train_tp.py"
 pytestmark = needs_gloo
@@ -171,6 +172,17 @@ def _refused(rank: int) -> None:
         lsk.linear_cross_entropy(distribute_tensor(hidden[1:], mesh, [Replicate(), Shard(0)]), placed, y[1:])
     with pytest.raises(lsk.ArgumentError, match=r"rank 1: weight must have shape \(16,\)"):
         lsk.cross_entropy(sharded, y, torch.ones(15 if mesh.get_local_rank(1) else 16))
+    plain = (
+        r"must be a plain tensor, got a DTensor: cross_entropy and linear_cross_entropy serve them .*full_tensor\(\)"
+    )
+    for name, call in {
+        "input": lambda: distillation_loss(sharded, x, y),
+        "teacher": lambda: distillation_loss(x, sharded, y),
+        "weight": lambda: lsk.cross_entropy(x, y, distribute_tensor(torch.ones(16), mesh, [Replicate(), Replicate()])),
+        "linear_weight": lambda: lsk.calibration.evaluate_classwise(hidden, y, placed),
+    }.items():
+        with pytest.raises(lsk.ArgumentError, match=f"^{name} {plain}"):
+            call()
     with pytest.raises(lsk.ArgumentError, match="linear_weight must be a DTensor beside an input that is one"):
         lsk.linear_cross_entropy(distribute_tensor(hidden, mesh, [Replicate(), Replicate()]), head, y)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,27 @@ SCRIPTED: dict[str, Any] = {
 def test_script_says_what_to_use_instead(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"cannot be compiled by torch.jit.script: use torch.compile or"):
         torch.jit.script(SCRIPTED[name])
+
+
+OF_USERS = [lsk, lsk.calibration, lsk.conventions, lsk.distillation, parallel, lsk.representation, lsk.smoothing]
+
+
+def offered(module: Any) -> list[Any]:
+    """The functions of a module for users."""
+    functions = inspect.getmembers(module, inspect.isfunction)
+    own = getattr(module, "__all__", [name for name, f in functions if f.__module__ == module.__name__])
+    return [function for name, function in functions if name in own and not name.startswith("_")]
+
+
+TOOLS = {f"{module.__name__}.{tool.__name__}": tool for module in OF_USERS for tool in offered(module)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_of_any_public_function_says_it_too() -> None:
+    assert len(TOOLS) > 30
+    for name, function in TOOLS.items():
+        with pytest.raises(RuntimeError, match=r"cannot be compiled by torch.jit.script: use torch.compile or"):
+            pytest.fail(f"{name}: {torch.jit.script(function)}")
 
 
 class Trained(torch.nn.Module):

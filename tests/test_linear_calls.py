@@ -132,6 +132,11 @@ class Twice(nn.Linear):
         return 2 * super().forward(x)
 
 
+class CalledTwice(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)  # type: ignore[no-any-return]
+
+
 class Named(nn.Linear):
     """Plain under another name."""
 
@@ -153,6 +158,7 @@ def replaced(linear: nn.Linear) -> nn.Linear:
 ADAPTED: dict[str, Any] = {
     "LowRank with a forward of its own": LowRank,
     "Twice with a forward of its own": lambda linear: Twice(8, 30),
+    "CalledTwice with a __call__ of its own": lambda linear: CalledTwice(8, 30),
     "Linear with a forward of its own": replaced,
     "Sequential with a forward of its own": nn.Sequential,
     "one with the hook double": lambda linear: hooked(linear, "register_forward_hook", double),

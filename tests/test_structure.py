@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import spec
+from labelsmooth_kernels import torch_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGE, TRITON, CSRC = ROOT / "labelsmooth_kernels", ROOT / "triton_kernels", ROOT / "csrc"
 # A module imports only from the floors before its own.
-FLOORS = """arguments fusing options | spec | reference ops | backends conventions reliability | autograd chunked |
-    direct | functional linear_autograd shards | targets ranks distillation_autograd | linear | classwise |
-    parallel_rows calibration distillation representation | parallel_linear smoothing | parallel |
+FLOORS = """arguments fusing options torch_state | spec | reference ops | backends conventions reliability |
+    autograd chunked | direct | functional linear_autograd shards | targets ranks distillation_autograd | linear |
+    classwise | parallel_rows calibration distillation representation | parallel_linear smoothing | parallel |
     modules doctor dtensor flops | __init__ __main__"""
 LATE = {("functional", "dtensor"), ("linear", "dtensor")}
 """Upward, inside a function: a call with DTensors goes to those who know them."""
@@ -61,6 +61,12 @@ def test_imports_point_downward(path: Path) -> None:
     own = {name for level, name in imports(path) if level or name in ("labelsmooth_kernels", "triton_kernels")}
     upward = {name for name in own if floor.get(name, len(floor)) >= floor[path.stem] and (path.stem, name) not in LATE}
     assert not upward, f"{path.stem} imports {upward} from its own floor or above"
+
+
+def test_the_state_of_pytorch_is_asked_for_in_one_module() -> None:
+    private = re.compile(r"\b(torch\._C|torch\._assert|forward_ad\._)")
+    found = {path.name for path in PACKAGE.glob("*.py") if private.search(path.read_text())}
+    assert found == {"torch_state.py"}
 
 
 @pytest.mark.parametrize("path", sorted(TRITON.glob("*.py")), ids=lambda path: path.stem)
@@ -106,7 +112,7 @@ def test_the_import_and_a_call_on_the_cpu_load_nothing_heavy() -> None:
     run = [subprocess.run([sys.executable, "-c", IMPORTED], env=environment, check=False) for _ in range(3)]
     assert not min(program.returncode for program in run), "once in three times no other process was in the way"
     theirs = torch.compiler.assume_constant_result(lambda: 1), torch.compiler.disable(lambda: 1, reason="why")
-    ours = spec.constant_in_graphs(lambda: 1), spec.outside_graphs("why")(lambda: 1)
+    ours = torch_state.constant_in_graphs(lambda: 1), torch_state.outside_graphs("why")(lambda: 1)
     assert vars(theirs[0]) == vars(ours[0])
     for name in ("_torchdynamo_disable", "_torchdynamo_disable_msg"):
         assert vars(theirs[1])[name] == vars(ours[1])[name]
