@@ -22,9 +22,17 @@ LSK_INLINE Vec<float> log_one_plus(Vec<float> t) {
   const Vec<float> log = doublings * 0x1.63p-1f + (2 * s + (s * series - doublings * 0x1.bd0106p-13f));
   return u == 0 ? splat<float>(-INFINITY) : log;
 }
-LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {
-  for (int l = 0; l < kWidth<double>; ++l) t[l] = log1p(t[l]);
-  return t;
+LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {  // for t below 2^1000: the next term is 1e-17 of the sum
+  using U = Bits<double>;
+  const Vec<double> u = 1 + t;
+  const U n = ((U)u - 0x3fe6a09e667f3bcd) >> 52;  // that of u >= 1 is not below 0, and shifts without a sign
+  const Vec<double> m = (Vec<double>)((U)u - (n << 52)), down = (Vec<double>)((1023 - n) << 52);
+  const Vec<double> s = ((m - 1) + (t - (u - 1)) * down) / (1 + m), q = s * s;
+  const Vec<double> far = 2. / 13 + q * (2. / 15 + q * (2. / 17 + q * (2. / 19 + q * (2. / 21))));
+  const Vec<double> series = q * (2. / 3 + q * (2. / 5 + q * (2. / 7 + q * (2. / 9 + q * (2. / 11 + q * far)))));
+  const Vec<double> doublings = (Vec<double>)(n + 0x4338000000000000) - 0x1.8p52;
+  const Vec<double> log = doublings * 0x1.62e42feep-1 + (2 * s + (s * series + doublings * 0x1.a39ef35793c76p-33));
+  return u == 0 ? splat<double>(-INFINITY) : log;
 }
 
 // See TargetCount.
@@ -107,22 +115,28 @@ struct Columns {
     Moments<Vec<T>> wt = {}, given = {};
     for (int64_t c = 0; c < call.k; ++c) top = larger(widen(z + c * pitch), top);
     shift = origin(top);
+    // Of two classes one is the maximum: its difference is 0, and the sum of both is the other's, or NaN.
+    const bool two = call.k == 2;
+    const Vec<T> other_of_two = two ? exp_nonpositive((widen(z) - shift) + (widen(z + pitch) - shift)) : exps;
     for (int64_t c = 0; c < call.k;) {
       Vec<T> some_exps = {}, some_dev = {};
       Moments<Vec<T>> some_wt = {}, some_t = {};
       for (const int64_t end = c + kTogether < call.k ? c + kTogether : call.k; c < end; ++c) {
         const Vec<T> d = widen(z + c * pitch) - shift;
         const auto other = d != 0;
-        const Vec<T> e = exp_nonpositive(d);
+        const Vec<T> e = two ? (other ? other_of_two : splat<T>(1)) : exp_nonpositive(d);
         if (keep) narrow(z + c * pitch, e);
         some_exps += other ? e : Vec<T>{};
         tops = other ? tops : tops + 1;
         const T share = rest == nullptr ? 1 : rest[c];
         if (share != 0) some_dev += share * d;
         if constexpr (kSoft) {
-          const Vec<T> q = widen(t + c * pitch), wq = weight == nullptr ? q : weight[c] * q;
+          const Vec<T> q = widen(t + c * pitch);
           some_t = both(some_t, {q, weighted(q, d)});
-          some_wt = both(some_wt, {wq, weighted(wq, d)});
+          if (weight != nullptr) {
+            const Vec<T> wq = weight[c] * q;
+            some_wt = both(some_wt, {wq, weighted(wq, d)});
+          }
         } else {
           hot = target.y == typename Lanes<T>::Signed(c) ? d : hot;
         }
@@ -134,7 +148,7 @@ struct Columns {
     }
     stats.max = top;
     stats.rest.dev = dev;
-    stats.wt = kSoft ? wt : Moments<Vec<T>>{target.weight, weighted(target.weight, hot)};
+    stats.wt = kSoft ? weight == nullptr ? given : wt : Moments<Vec<T>>{target.weight, weighted(target.weight, hot)};
     stats.t = kSoft ? given : Moments<Vec<T>>{splat<T>(1), hot};
     beyond = (tops - 1) + exps;
   }
