@@ -22,7 +22,7 @@ LSK_INLINE Vec<float> log_one_plus(Vec<float> t) {
   const Vec<float> log = doublings * 0x1.63p-1f + (2 * s + (s * series - doublings * 0x1.bd0106p-13f));
   return u == 0 ? splat<float>(-INFINITY) : log;
 }
-LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {  // for t below 2^1000: the next term is 1e-17 of the sum
+LSK_INLINE Vec<double> log_one_plus(Vec<double> t) {  // the next term is 6e-19 of the sum
   using U = Bits<double>;
   const Vec<double> u = 1 + t;
   const U n = ((U)u - 0x3fe6a09e667f3bcd) >> 52;  // that of u >= 1 is not below 0, and shifts without a sign

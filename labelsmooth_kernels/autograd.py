@@ -25,7 +25,7 @@ from torch import Tensor
 from . import reference
 from .ops import RowCall
 from .spec import LossSpec, Rows
-from .torch_state import gradient_is_shared, graph_is_kept, transformed
+from .torch_state import gradient_is_shared, graph_is_kept, savable, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -320,6 +320,7 @@ def _folded(size: int, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, .
         tensor, dim = tensors[i], in_dims[i]
         if tensor is None:
             return None
+        tensor = savable(tensor)
         return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
     def classes_last(batched: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from . import backends
 from .arguments import checks_names, plain_float, plain_int, same_shape, unscriptable
 from .chunked import Soft
 from .distillation_autograd import Mix, Source, by_kernel, by_reference
-from .functional import check_same_device, check_targets, prepare, reduce
-from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, accumulate_dtype, constant, require
+from .functional import check_targets, prepare, reduce
+from .spec import FLOAT_DTYPES, ArgumentError, LossSpec, accumulate_dtype, check_same_device, constant, require
 from .targets import Teacher, teacher_rows
 from .torch_state import readable, transformed
 

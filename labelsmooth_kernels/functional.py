@@ -23,7 +23,10 @@ from .spec import (
     Rows,
     accumulate_dtype,
     check_index_targets,
+    check_plain,
     check_prior,
+    check_same_device,
+    is_dtensor,
     prior_mass,
     reduction_of,
     require,
@@ -115,8 +118,8 @@ def cross_entropy(
             allowed.
         IndexError: a target outside [0, K) that is not ignore_index, on the CPU. On a GPU that row's loss and gradient
             are NaN, without a synchronisation; LABELSMOOTH_CHECK_TARGETS=1 in the environment makes it raise there too.
-            Priors are looked at under the same conditions, but where vmap maps over them; a program that torch.compile
-            or torch.export makes looks on a CPU alone, and raises a RuntimeError.
+            Priors are looked at under the same conditions, unless vmap maps over them; a program that torch.compile or
+            torch.export makes looks on a CPU alone, and raises a RuntimeError.
 
     Saved for the backward: the gradient and a reference to ``input``, or with ``reduction="none"`` and fp16 four
     numbers per row and that reference. Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Müller et
@@ -150,11 +153,6 @@ def apply_spec(input: Tensor, target: Tensor, spec: LossSpec) -> Tensor | tuple[
     return shaped(*(_by_reference(rows) if chosen.kernels is None else _by_kernels(rows, chosen.kernels)), shape, spec)
 
 
-def is_dtensor(value: object) -> bool:
-    """Told by name: torch.distributed.tensor takes long to import, and few need it."""
-    return type(value).__name__ == "DTensor"
-
-
 def shaped(
     reduced: Tensor, stats: RowStats | None, shape: torch.Size, spec: LossSpec
 ) -> Tensor | tuple[Tensor, RowStats]:
@@ -175,6 +173,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     """Check the tensors against each other; returns the call as rows, and the shape of one value per row. With
     ``shard`` there are other classes elsewhere, and there may be none here."""
     class_dim = _class_dim(input, target, spec) % input.dim()
+    check_plain("normalizer", spec.normalizer)
     target = savable(target)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     n, num_classes = math.prod(shape), input.shape[class_dim]  # Size.numel would make a symbolic size a constant
@@ -185,7 +184,7 @@ def prepare(input: Tensor, target: Tensor, spec: LossSpec, *, shard: bool = Fals
     if probabilities and spec.ignore_index >= 0:
         raise ArgumentError(f"ignore_index is for index targets: with probabilities leave it, got {spec.ignore_index}")
     flat = class_dim == input.dim() - 1 and _contiguous(input) and (not probabilities or _contiguous(target))
-    logits = _classes_last(input, class_dim, flat)
+    logits = _classes_last(savable(input), class_dim, flat)
     if spec.inplace and not torch.compiler.is_compiling() and _overlaps(logits):  # compiled, it is not in place
         logits = logits.contiguous()
     row_target = (
@@ -258,19 +257,6 @@ def _class_dim(input: Tensor, target: Tensor, spec: LossSpec) -> int:
         raise ArgumentError(f"class_dim must be a dimension of input {tuple(input.shape)}, got {spec.class_dim}")
     check_same_device("target", target, input)
     return class_dim
-
-
-def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    """Raise unless a tensor lies whole on the device of input, element by element."""
-    if is_dtensor(tensor):
-        raise ArgumentError(
-            f"{name} must be a plain tensor, got a DTensor: cross_entropy and linear_cross_entropy serve them where "
-            "input, or linear_weight, is one; elsewhere use its full_tensor()"
-        )
-    if tensor.layout != torch.strided:
-        raise ArgumentError(f"{name} must be a strided tensor, got one of layout {tensor.layout}")
-    if tensor.device != input.device:
-        raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
 
 
 def _check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:

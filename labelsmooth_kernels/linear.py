@@ -23,17 +23,15 @@ from .arguments import checks_names, plain_float, plain_int, same_shape, takes
 from .chunked import Soft, dense_target
 from .functional import (
     apply_spec,
-    check_same_device,
     check_targets,
     denominator,
-    is_dtensor,
     kernel_stats,
     prepare,
     reduce,
     shaped,
 )
 from .linear_autograd import LinearOnePass, LinearRowLoss, Path, row_losses
-from .spec import FLOAT_DTYPES, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require
+from .spec import FLOAT_DTYPES, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, check_same_device, is_dtensor, require
 from .targets import Teacher, TopK, check_top_k, flat, teacher_rows, top_k
 from .torch_state import CHECK_TARGETS, savable, transformed
 

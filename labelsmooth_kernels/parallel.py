@@ -19,12 +19,12 @@ from torch import Tensor
 from . import backends
 from .arguments import check_names, options_of, plain_int, takes, unscriptable
 from .autograd import CARRIED
-from .functional import is_dtensor, prepare, shaped
+from .functional import prepare, shaped
 from .linear import HEAD_PARAMETERS, LinearSpec, autocasts, check_operands, head_options
 from .parallel_linear import Head, ShardedLinear
 from .parallel_rows import ShardedRows, Where, divisor_of, row_constants, row_tensors, stats_of
 from .ranks import group_of, told
-from .spec import LOSS_OPTIONS, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, require
+from .spec import LOSS_OPTIONS, LOSS_PARAMETERS, ArgumentError, LossSpec, Rows, is_dtensor, require
 from .targets import TopK, top_k
 from .torch_state import savable, transformed
 

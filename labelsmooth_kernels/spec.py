@@ -247,8 +247,8 @@ def check_prior(prior: Tensor) -> None:
     if mass is not None:
         check_prior_mass(mass, len(prior))
     elif torch.compiler.is_compiling() and prior.device.type == "cpu" and func_level() is None:
-        wide = prior.detach().to(accumulate_dtype(prior.dtype))
-        good = (wide >= 0).all() & ((wide.sum() - 1).abs() <= _mass_may_be_off_by(len(prior)))
+        total, allowed = prior.detach().sum(dtype=accumulate_dtype(prior.dtype)), _mass_may_be_off_by(prior.shape[0])
+        good = (prior.detach() >= 0).all() & ((total - 1).abs() <= allowed)
         assert_at_run_time(good, "smoothing must be a prior whose entries are all >= 0 and sum to 1")
 
 
@@ -275,6 +275,29 @@ def _mass_may_be_off_by(num_classes: int) -> float:
     2⁻⁶ is more than that; float16 rounds an entry below its normal numbers by up to 2⁻²⁵, all of them in one direction
     at worst. The dtype says nothing of either, as a prior may have been cast since."""
     return 2**-6 + num_classes * 2**-25
+
+
+def is_dtensor(value: object) -> bool:
+    """Told by name: torch.distributed.tensor takes long to import, and few need it."""
+    return type(value).__name__ == "DTensor"
+
+
+def check_plain(name: str, value: object) -> None:
+    """Raise for a DTensor, where none is served."""
+    if is_dtensor(value):
+        raise ArgumentError(
+            f"{name} must be a plain tensor, got a DTensor: cross_entropy and linear_cross_entropy serve them where "
+            "input, or linear_weight, is one; elsewhere use its full_tensor()"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Raise unless a tensor lies whole on the device of input, element by element."""
+    check_plain(name, tensor)
+    if tensor.layout != torch.strided:
+        raise ArgumentError(f"{name} must be a strided tensor, got one of layout {tensor.layout}")
+    if tensor.device != input.device:
+        raise ArgumentError(f"{name} must be on the device of input ({input.device}), got {tensor.device}")
 
 
 def check_index_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:

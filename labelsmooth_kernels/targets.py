@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .arguments import plain_float, same_shape
 from .chunked import Soft
-from .functional import check_same_device
-from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, constant, require
+from .spec import FLOAT_DTYPES, INDEX_DTYPES, ArgumentError, check_same_device, constant, require
 from .torch_state import readable, savable
 
 

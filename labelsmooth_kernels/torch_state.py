@@ -81,14 +81,18 @@ def readable(tensor: Tensor) -> bool:
     them does not synchronise, or :data:`CHECK_TARGETS` asks for it."""
     if torch.compiler.is_compiling() or recorded():
         return False
-    modes = torch._C._TorchDispatchModeKey
-    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)):
+    if _active("FAKE") or _active("PROXY"):
         return False
     while torch._C._functorch.is_gradtrackingtensor(tensor):  # a level of differentiation wraps what it computes
         tensor = torch._C._functorch.get_unwrapped(tensor)
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not _holds_values(tensor):
         return False
     return tensor.device.type == "cpu" or os.environ.get(CHECK_TARGETS) == "1"
+
+
+def _active(mode: str) -> bool:
+    """Whether one of PyTorch's own dispatch modes is: that of fake tensors, or that of make_fx."""
+    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, mode)) is not None
 
 
 def _holds_values(tensor: Tensor) -> bool:
@@ -98,9 +102,12 @@ def _holds_values(tensor: Tensor) -> bool:
 
 
 def savable(tensor: Tensor) -> Tensor:
-    """A tensor as autograd can save it, also where it was made under torch.inference_mode; without a copy. A compiler
-    does not say which are, and refuses them itself."""
+    """A tensor as autograd can save it, also where it was made under torch.inference_mode; without a copy. As it is
+    where a gradient is asked of it, which PyTorch then refuses; and where it is traced: torch.compile does not tell
+    which tensors these are, and its programs refuse them."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    if tensor.requires_grad or recorded() or _active("PROXY"):
         return tensor
     if tensor.is_neg():  # what its memory holds is not all there is to it
         return tensor.clone()

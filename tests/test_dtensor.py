@@ -180,6 +180,9 @@ def _refused(rank: int) -> None:
         "teacher": lambda: distillation_loss(x, sharded, y),
         "weight": lambda: lsk.cross_entropy(x, y, distribute_tensor(torch.ones(16), mesh, [Replicate(), Replicate()])),
         "linear_weight": lambda: lsk.calibration.evaluate_classwise(hidden, y, placed),
+        "normalizer": lambda: lsk.cross_entropy(
+            x, y, normalizer=distribute_tensor(torch.ones(()), mesh, [Replicate(), Replicate()])
+        ),
     }.items():
         with pytest.raises(lsk.ArgumentError, match=f"^{name} {plain}"):
             call()

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from sharded import needs_gloo, spawn
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import labelsmooth_kernels as lsk
+from labelsmooth_kernels import parallel
 from labelsmooth_kernels.distillation import Probabilities, distillation_loss
 from labelsmooth_kernels.torch_state import savable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cases import Place
 
 N, D, K = 6, 4, 9
@@ -42,6 +47,7 @@ CALLS: dict[str, Any] = {
     "int32 target": lambda x, _, g, how: lsk.cross_entropy(x, g.y.int(), **how),
     "probabilities": lambda x, _, g, how: lsk.cross_entropy(x, g.p, **how),
     "image": lambda x, _, g, how: lsk.cross_entropy(x.T.reshape(1, K, 2, 3), g.y.view(1, 2, 3), g.classes, **how),
+    "logits beside trained probabilities": lambda x, _, g, how: lsk.cross_entropy(g.p, x.softmax(1), **how),
     "class weights": lambda x, _, g, how: lsk.cross_entropy(x, g.y, g.classes, **how),
     "prior": lambda x, _, g, how: lsk.cross_entropy(x, g.y, smoothing=g.prior, **SMOOTH, **how),
     "an ε for each row": lambda x, _, g, how: lsk.cross_entropy(x, g.y, label_smoothing=g.eps, **how),
@@ -90,6 +96,62 @@ def test_another_derivative_and_torch_func(name: str) -> None:
         of_x = torch.func.grad(lambda x, of=given[inference]: CALLS[name](x, w.detach(), of, {}))(x.detach())
         results.append((*torch.autograd.grad(grad.square().sum(), x), of_x))
     torch.testing.assert_close(*results)
+
+
+def test_vmap_inside_autograd() -> None:
+    results = []
+    for inference in (True, False):
+        x, given = torch.linspace(-1, 1, N * K).view(N, K).requires_grad_(), Given("cpu", inference=inference)
+        losses = torch.vmap(lambda row, y: lsk.cross_entropy(row[None], y[None], reduction="sum"))(x, given.y)
+        results.append((losses.detach(), *torch.autograd.grad(losses.sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [1, N])
+def test_traces_record_the_tensor_itself(rows: int) -> None:
+    """Not the memory that stands in for it, of which a trace would know nothing."""
+    x, given = torch.linspace(-1, 1, rows * K).view(rows, K), Given("cpu", inference=True)
+    y = given.y[:rows]
+    want = lsk.cross_entropy(x, y, given.classes, **SMOOTH)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return lsk.cross_entropy(x, y, given.classes, **SMOOTH)  # type: ignore[return-value]
+
+    torch.testing.assert_close(torch.jit.trace(loss, (x, y))(x, y.clone()), want)
+    torch.testing.assert_close(make_fx(loss)(x, y)(x, y.clone()), want)
+
+
+def test_a_gradient_asked_of_such_a_tensor_is_refused() -> None:
+    """By PyTorch: without that it would be None, and go unseen."""
+    with torch.inference_mode():
+        head = torch.nn.Linear(D, K)
+    assert head.weight.requires_grad
+    hidden, y = torch.ones(N, D, requires_grad=True), torch.arange(N)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        lsk.linear_cross_entropy(hidden, head.weight, y).backward()
+
+
+@needs_gloo
+def test_sharded_classes(tmp_path: Path) -> None:
+    spawn(_rank, 1, tmp_path)
+
+
+def _rank(_rank: int) -> None:
+    for reduction in ("mean", "none"):
+        results = []
+        for inference in (True, False):
+            given, w = Given("cpu", inference=inference), torch.linspace(-1, 1, K * D).view(K, D).requires_grad_()
+            x = torch.linspace(1, -1, N * K).view(N, K).requires_grad_()
+            how: Any = {"reduction": reduction, **SMOOTH}
+            losses = (
+                parallel.cross_entropy(x, given.y, given.classes, **how),
+                parallel.linear_cross_entropy(given.h, w, given.y, linear_bias=given.bias, **how),
+                parallel.linear_cross_entropy(x[:, :D], given.w, given.y, **how),
+            )
+            loss = sum(loss.sum() for loss in losses)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
+        torch.testing.assert_close(*results)
 
 
 def test_what_is_saved_is_no_copy() -> None:

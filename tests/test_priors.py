@@ -131,8 +131,18 @@ def test_a_compiled_program_reads_its_priors(entry: str, how: str) -> None:
                 run(x, bad)
 
 
+def test_an_exported_program_knows_its_number_of_classes_when_it_runs() -> None:
+    k = torch.export.Dim("k", min=3, max=100)
+    given = torch.zeros(2, 5), torch.full((5,), 0.2)
+    with torch.no_grad():
+        run = torch.export.export(Smoothed("logits"), given, dynamic_shapes=({1: k}, {0: k})).module()
+    torch.testing.assert_close(run(torch.zeros(2, 4), torch.full((4,), 0.25)), torch.tensor(4.0).log())
+    with pytest.raises(RuntimeError, match="smoothing must be a prior"):
+        run(torch.zeros(2, 4), torch.full((4,), 0.2))
+
+
 def test_a_compiled_program_allows_what_the_dtype_rounds() -> None:
-    """The sum is taken in the dtype of the arithmetic, for any number of classes."""
+    """For any number of classes."""
     torch._dynamo.reset()
     run = torch.compile(Smoothed("logits"), fullgraph=True, backend="eager", dynamic=True)
     for k in (50_257, 100_003):
