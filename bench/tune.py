@@ -39,20 +39,19 @@ Plan = dict[str, Any]
 
 
 def candidates(case: Case) -> list[Plan]:
-    """8 to 64 values of a row per thread; clusters where they compile here; splits where rows are few."""
+    """8 to 64 values of a row per thread; splits where rows are few."""
     machine = _machine(case.device)
     whole = 1 << (case.k - 1).bit_length()
     found: list[Plan] = []
-    for ctas in (1, 2, 4, 8, 16) if machine.clusters and case.backward else (1,):
-        for warps in (4, 8, 16, 32):
-            if 8 <= whole // (32 * warps * ctas) <= 64:
-                sizes = {"block": whole, "warps": warps, "ctas": ctas}
-                found += [{"form": "block", **sizes, "programs": max(1, machine.sms * p // ctas)} for p in (1, 2, 4)]
+    for warps in (4, 8, 16, 32):
+        if 8 <= whole // (32 * warps) <= 64:
+            sizes = {"block": whole, "warps": warps}
+            found += [{"form": "block", **sizes, "programs": machine.sms * p} for p in (1, 2, 4)]
     for block in (2048, 4096, 8192, 16384):
         for warps in (4, 8, 16, 32):
             if not (8 <= block // (32 * warps) <= 32 and block <= whole):
                 continue
-            sizes = {"block": block, "warps": warps, "ctas": 1}
+            sizes = {"block": block, "warps": warps}
             found += [{"form": "sweep", **sizes, "programs": machine.sms * p} for p in (1, 2, 4)]
             if case.n < machine.sms:  # the grid of a split is not persistent: its number of programs stays unbounded
                 found += [{"form": "split", **sizes, "splits": -(-p * machine.sms // case.n)} for p in (1, 2, 4)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -94,9 +95,13 @@ OPTIONS = {
 }
 OPTION_SHAPES = (("float32", 50257), ("bfloat16", 128256))
 BLOCK_SHAPES = (("bfloat16", 4096),)
-# Narrow loads: target, its logit, its weight, eps, row_scale, what is saved, two edges. Narrow stores: results, one
-# edge; the sums of a part.
-NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 9, 13
+# Narrow loads: target, its logit, its weight, eps, row_scale, what is saved, two edges. Narrow stores: results, two
+# edges, the target's entry; the sums of a part.
+NARROW_LOADS, NARROW_STORES, PART_STORES = 8, 11, 13
+# Instructions of the main loops for a class. In the time of a copy an H100 issues 42 for a logit in bfloat16, and about
+# twice as many in float32.
+MOST = {"row_kernel": 20, "split_kernel": 15, "grad_kernel": 15}
+MOST_OF_LOSS, MOST_WITH_OPTION = 10, 36
 
 
 def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, counts: aot_table.Counts) -> str:
@@ -107,7 +112,7 @@ def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, count
     structure = options.get("S")
     if kernel == "merge_kernel" or 1 in (options.get("VEC"), structure and structure.VEC):
         return ", ".join(problems)
-    vectors = options["BLOCK"] * itemsize // (16 * 32 * options["num_warps"] * options["num_ctas"])
+    vectors = options["BLOCK"] * itemsize // (16 * 32 * options["num_warps"])
     writes = kernel in ("grad_kernel", "scale_kernel") or (
         kernel in ("row_kernel", "distill_kernel") and mode.with_grad
     )
@@ -121,7 +126,25 @@ def judge(kernel: str, mode: Mode, options: dict[str, Any], itemsize: int, count
         problems.append("narrow loads")
     if counts.narrow_stores > (PART_STORES if kernel == "split_kernel" else NARROW_STORES):
         problems.append("narrow stores")
+    if (spent := instructions_per_class(kernel, options, counts)) > (most := budget(kernel, mode)):
+        problems.append(f"{spent:.1f} instructions per class, allowed are {most}")
     return ", ".join(problems)
+
+
+def instructions_per_class(kernel: str, options: dict[str, Any], counts: aot_table.Counts) -> float:
+    """The instructions of the main loops for each class: a thread takes an equal share of a block in each turn."""
+    if kernel not in MOST or options.get("ONE_BLOCK"):
+        return 0.0
+    return counts.looped / (options["BLOCK"] / (32 * options["num_warps"]))
+
+
+def budget(kernel: str, mode: Mode) -> float:
+    """How many of them a class may take. A softcap, and options together, are not bounded."""
+    plain = Mode(mode.op, mode.n, mode.with_grad, per_row=mode.per_row, layout=mode.layout)
+    if mode == plain:
+        return MOST.get(kernel, 0) if mode.with_grad or kernel != "row_kernel" else MOST_OF_LOSS
+    together = mode.softcap is not None or mode == EVERYTHING._replace(op=mode.op, n=mode.n)
+    return math.inf if together else MOST_WITH_OPTION
 
 
 def call(ops: Any, mode: Mode, dtype: torch.dtype, k: int, device: str = "meta") -> None:
@@ -189,7 +212,7 @@ def launches_of(capability: int, name: str, mode: Mode, dtype: torch.dtype, k: i
     run = functools.partial(call, kernels_module("logits"), mode, dtype, k)
     for kernel, options in aot_table.launched(capability, run):
         form = {True: "one block, ", False: "sweep, ", None: ""}[options.get("ONE_BLOCK")]
-        size = f"block {options['BLOCK']}, {options['num_warps']} warps, {options['num_ctas']} CTAs"
+        size = f"block {options['BLOCK']}, {options['num_warps']} warps"
         said = f"{name}, {str(dtype).removeprefix('torch.')}, K {k}: {form}{size}"
         yield Launch(kernel, said, functools.partial(judge, kernel.name, mode, options, dtype.itemsize))
 

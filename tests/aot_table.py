@@ -67,6 +67,8 @@ class Counts(NamedTuple):
     """asynchronous, from global to shared memory"""
     products: int
     """of the matrix unit"""
+    looped: int
+    """instructions of the innermost loops that read 128 bits at a time, one turn of each"""
 
 
 class Row(NamedTuple):
@@ -158,6 +160,7 @@ def read(cubin: bytes, capability: int, shared: int) -> Counts:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = run([TOOLS / "cuobjdump", "-res-usage", file.name]).stdout
         sass = run([TOOLS / "nvdisasm", "-c", file.name]).stdout
+        looped = _looped(run([TOOLS / "cuobjdump", "-sass", file.name]).stdout)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     n: collections.Counter[str] = collections.Counter()
@@ -167,7 +170,20 @@ def read(cubin: bytes, capability: int, shared: int) -> Counts:
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)", sass, re.MULTILINE))
     accesses = (n["LDG wide"], n["STG wide"], n["LDG narrow"], n["STG narrow"], n["LDGSTS wide"])
     products = len(re.findall(MATRIX[capability], sass))
-    return Counts(int(registers[1]), spills, shared, instructions, *accesses, products)
+    return Counts(int(registers[1]), spills, shared, instructions, *accesses, products, looped)
+
+
+def _looped(sass: str) -> int:
+    """Count what stands between a branch backward and its target, where there is no other such pair in between."""
+    code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    loops = []
+    for at, text in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target is not None and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d <= b for c, d in loops if (c, d) != (a, b))]
+    bodies = ([text for at, text in code if a <= at <= b] for a, b in innermost)
+    return sum(len(body) for body in bodies if any(re.search(r"\bLDG\S*\.(128|256)\b", text) for text in body))
 
 
 _pending: list[Kernel] = []

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tracing import Trap, allocated, compiled, compiler
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import chunked, spec
+from labelsmooth_kernels import chunked, torch_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,7 +162,7 @@ def test_no_step_waits_for_the_device(fast_place: Place, method: str, monkeypatc
     """Around the operators, and in the host code of the chunked ones, whose row kernels the trap sees as one call."""
     if method == "tiled" and fast_place[0] != "triton":
         pytest.skip("a method of the Triton backend")
-    monkeypatch.setattr(spec, "traced", lambda: True)  # the CPU looks at ε and the targets, a GPU does not
+    monkeypatch.setattr(torch_state, "recorded", lambda: True)  # the CPU looks at ε and the targets, a GPU does not
     monkeypatch.setattr(chunked, "check_index_targets", lambda *_: None)
     *leaves, y = operands(9, 8, 30, fast_place)
     eps = torch.tensor(EPS, device=y.device)

@@ -17,7 +17,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from tracing import Trap, compiled, compiler
 
 import labelsmooth_kernels as lsk
-from labelsmooth_kernels import backends, spec
+from labelsmooth_kernels import backends, torch_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -325,7 +325,7 @@ def test_no_step_waits_for_the_device(
 ) -> None:
     """So that a step can be captured in a CUDA graph. What the host looks at only where that is free, on the CPU (the
     values of ε), is switched off as it is on a GPU."""
-    monkeypatch.setattr(spec, "traced", lambda: True)
+    monkeypatch.setattr(torch_state, "recorded", lambda: True)
     sync_free_step(fast_place, {n: v.to(fast_place[1]) if isinstance(v, Tensor) else v for n, v in options.items()})
 
 

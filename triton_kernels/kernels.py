@@ -1,10 +1,13 @@
 """The kernels: loss and gradient of the rows of logits, one read and one write of them.
 
-``row_kernel`` makes loss and gradient: a row that fits the registers of one program (a thread block, or a cluster of
-them) is read once and written once; a longer one is read a second time, in reverse, while its end is still in L2.
-``split_kernel`` and ``merge_kernel`` spread few long rows over all SMs. ``grad_kernel`` makes a gradient from what is
-saved of the rows. ``scale_kernel`` multiplies a gradient. A pointer that is None is the flag of what is not asked for;
-only structure is a compile-time constant.
+``row_kernel`` makes loss and gradient: a row that fits the registers of one program is read once and written once; a
+longer one is read a second time, in reverse, while it is still in L2. Each thread keeps sums of its own, which are
+merged once per row. ``split_kernel`` and ``merge_kernel`` spread few long rows over all SMs. ``grad_kernel`` makes a
+gradient from what is saved of the rows. ``scale_kernel`` multiplies a gradient. A pointer that is None is the flag of
+what is not asked for; only structure is a compile-time constant.
+
+No class of a block is compared with the target: a gradient is written as if there were none, and then the target's
+entry once more.
 
 Pointers and floats come in named tuples. Integers do not: Triton would compile again for those that are 1 or multiples
 of 16. Rows are numbered through two dimensions, n_inner of them in the second, or lie at one distance (n_inner None).
@@ -21,14 +24,15 @@ import triton
 import triton.language as tl
 
 from .row_math import (
+    Block,
     Piece,
+    absorb,
     dt,
     dz,
     entropy,
     merge,
     merge_all,
-    nothing,
-    numbered,
+    nothing_of,
     piece,
     row_loss,
     transform,
@@ -71,52 +75,54 @@ def compiled_per_structure(fn: Callable[..., None]) -> Any:
 
 @triton.jit
 def _target_class(line, given, S: tl.constexpr):
-    """(z, w) of the target's class, read before a gradient may overwrite it."""
+    """The target's class, read before a gradient may overwrite it."""
     z_y = 0.0
     w_y = 1.0
+    u_y = 1.0
+    slope = 1.0
     if not S.SOFT:
-        source = line.whole
-        x_y = tl.load(at(source.x, source.y, given.x_step), mask=line.valid, other=0.0).to(tl.float32)
-        z_y, _ = transform(x_y, given.numbers.logit_scale, given.numbers.softcap)
+        x_y = tl.load(at(line.whole.x, line.y, given.x_step), mask=line.valid, other=0.0).to(tl.float32)
+        z_y, slope = transform(x_y, given.numbers.logit_scale, given.numbers.softcap)
         if S.WEIGHT:
-            w_y = tl.load(given.targets.weight + source.y, mask=line.valid, other=0.0)
-    return z_y, w_y
+            w_y = tl.load(given.targets.weight + line.y, mask=line.valid, other=0.0)
+        if S.PRIOR:
+            u_y = tl.load(given.targets.prior + line.y, mask=line.valid, other=0.0)
+    return Block(z_y, line.valid, w_y, u_y, slope)
 
 
 @triton.jit
-def _sweep(p, line, begin, end, given, BLOCK: tl.constexpr, S: tl.constexpr):
-    """Merge the elements [begin, end) of the groups of a row, block by block, into the piece p."""
-    for o_block in range(begin, end, BLOCK):
-        o = o_block + tl.arange(0, BLOCK)
-        b = read(line.groups, o, o < end, given, S.VEC, S)
-        p = _absorb(p, b, o, o < end, tl.minimum(end - o_block, BLOCK), line.head, S.VEC, S)
-    return p
+def _sweep(line, begin, end, given, BLOCK: tl.constexpr, LANES: tl.constexpr, EVICT: tl.constexpr, S: tl.constexpr):
+    """The piece of the elements [begin, end) of the groups of a row: blocks without a mask, then what is left."""
+    o_block = tl.arange(0, BLOCK)
+    p = nothing_of(LANES)
+    last = begin + (end - begin) // BLOCK * BLOCK
+    for i in range(begin, last, BLOCK):
+        o = i + o_block
+        b = read(line.groups, o, None, given, EVICT, S)
+        p = absorb(p, b, line.head + o, None, BLOCK, LANES, S.VEC, S)
+    if last < end:
+        o = last + o_block
+        b = read(line.groups, o, o < end, given, EVICT, S)
+        p = absorb(p, b, line.head + o, o < end, end - last, LANES, S.VEC, S)
+    return merge_all(p, tl.arange(0, LANES) >= 0)
 
 
 @triton.jit
-def _absorb(p, b, o, m_o, n, k_first, VEC: tl.constexpr, S: tl.constexpr):
-    """The piece p with one more block of n classes merged in, the first of which is k_first."""
-    r = piece(b, o, m_o, n, VEC, S)
-    return merge(p, numbered(r, r.k + k_first))
-
-
-@triton.jit
-def _edge_piece(line, k_read, K, given, S: tl.constexpr):
-    """The piece that a sweep starts from: the edges of the row, or nothing."""
-    p = nothing()
+def _with_edges(p, line, k_read, K, given, S: tl.constexpr):
+    """The piece of the groups of a row with its edges merged in."""
     if S.EDGES:
         k_edge, m_edge = edges(line.head, line.n_main, K, S.VEC)
         m_edge = m_edge & (k_edge < k_read)
-        b = read(line.whole, k_edge, m_edge, given, 1, S)
-        p = piece(b, k_edge, m_edge, tl.minimum(K - line.n_main, k_read), 1, S)
+        b = read(line.whole, k_edge, m_edge, given, "", S)
+        p = merge(piece(b, k_edge, m_edge, tl.minimum(K - line.n_main, k_read), 1, S), p)
     return p
 
 
 @triton.jit
-def _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S: tl.constexpr):
+def _finish(p, line, b_y, i_row, out, given, n_rows, K, scale_stride, others, S: tl.constexpr):
     """Store what is made of a row; returns what its gradient needs."""
     if not S.SOFT:
-        p = with_target(p, z_y, w_y)
+        p = with_target(p, b_y.z, b_y.w)
     n = p.n
     if not S.FINITE:
         n = 1.0 if S.PRIOR else K.to(tl.float32)
@@ -162,28 +168,69 @@ def _done(line, zmax, logsum, mass, a, b, i_row, given, scale_stride, S: tl.cons
 
 @triton.jit
 def _store_grad(ptr, b, mask, done, given, S: tl.constexpr):
-    """The gradient of one block, rounded once; exact zeros, by selection, in an ignored row."""
+    """The gradient of one block, rounded once."""
     if S.OF_TARGET:
         b_grad = done.factor * dt(b, done, S)
     else:
-        b_grad = done.factor * dz(b, done, given.numbers.penalty, S)
+        b_grad = dz(b, done, given.numbers.penalty, S)
         if given.numbers.softcap is not None:
             b_grad = b_grad * b.slope
-    tl.store(ptr, tl.where(done.live, b_grad, 0.0).to(ptr.dtype.element_ty), mask=mask)
+    b_grad = b_grad.to(ptr.dtype.element_ty)
+    if mask is None:
+        tl.store(ptr, b_grad)
+    else:
+        tl.store(ptr, b_grad, mask=mask)
+
+
+@triton.jit
+def _store_zeros(ptr, mask):
+    tl.store(ptr, tl.zeros_like(mask.to(tl.float32)).to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _store_edges(g_row, g_step, line, K, done, given, S: tl.constexpr):
-    k_edge, m_edge = edges(line.head, line.n_main, K, S.VEC)
-    b_edge = read(line.whole, k_edge, m_edge & (k_edge < tl.where(done.live, K, 0)), given, 1, S)
-    _store_grad(at(g_row, k_edge, g_step), b_edge, m_edge, done, given, S)
+    """The gradient of the edges, exact zeros in an ignored row."""
+    if S.EDGES:
+        k_edge, m_edge = edges(line.head, line.n_main, K, S.VEC)
+        ptr = at(g_row, k_edge, g_step)
+        m_live = m_edge & (k_edge < tl.where(done.live, K, 0))
+        _store_grad(ptr, read(line.whole, k_edge, m_live, given, "", S), m_live, done, given, S)
+        _store_zeros(ptr, m_edge & (k_edge >= tl.where(done.live, K, 0)))
+
+
+@triton.jit
+def _store_target(g_row, g_step, line, b_y, mine, done, given, S: tl.constexpr):
+    """The gradient of the target's class once more, over what another thread has written as if it were another."""
+    if not S.SOFT:
+        tl.debug_barrier()
+        _store_grad(at(g_row, line.y, g_step), b_y, line.valid & mine, done, given, S)
+
+
+@triton.jit
+def _store_row(g_main, g_step, line, done, given, BLOCK: tl.constexpr, S: tl.constexpr):
+    """The gradient of the groups of a row from its second reading, from the end, which was read last."""
+    o_block = tl.arange(0, BLOCK)
+    last = line.n_main // BLOCK * BLOCK
+    if done.live:
+        if last < line.n_main:
+            o = last + o_block
+            b = read(line.groups, o, o < line.n_main, given, "evict_first", S)
+            _store_grad(at(g_main, o, g_step), b, o < line.n_main, done, given, S)
+        for i in range(0, last, BLOCK):
+            o = (last - BLOCK - i) + o_block
+            b = read(line.groups, o, None, given, "evict_first", S)
+            _store_grad(at(g_main, o, g_step), b, None, done, given, S)
+    else:
+        for i in range(0, line.n_main, BLOCK):
+            o = i + o_block
+            _store_zeros(at(g_main, o, g_step), o < line.n_main)
 
 
 @compiled_per_structure
 def row_kernel(
     x_ptr, grad_ptr, targets, out, numbers, n_rows, n_inner, K, x_lead, x_outer, x_inner, x_step,
     t_lead, t_outer, t_inner, t_step, g_lead, g_outer, g_inner, g_step, eps_stride, scale_stride, ignore_index, others,
-    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, S: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, ONE_BLOCK: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Loss and, unless grad_ptr is None, gradient of whole rows; grad may be x. Moves one read and one write of the
     logits with ONE_BLOCK, else a second read, served by L2 in part. Persistent: each program takes many rows."""
@@ -193,35 +240,36 @@ def row_kernel(
             x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
             ignore_index, S,
         )  # fmt: skip
-        z_y, w_y = _target_class(line, given, S)
+        b_y = _target_class(line, given, S)
         n_read = tl.where(line.reads, line.n_main, 0)
-        p = _edge_piece(line, tl.where(line.reads, K, 0), K, given, S)
-        o = tl.arange(0, BLOCK)
         if ONE_BLOCK:
-            b = read(line.groups, o, o < n_read, given, S.VEC, S)
-            p = _absorb(p, b, o, o < n_read, n_read, line.head, S.VEC, S)
+            o = tl.arange(0, BLOCK)
+            b = read(line.groups, o, o < n_read, given, "", S)
+            p = absorb(nothing_of(LANES), b, line.head + o, o < n_read, n_read, LANES, S.VEC, S)
+            p = merge_all(p, tl.arange(0, LANES) >= 0)
         else:
-            p = _sweep(p, line, 0, n_read, given, BLOCK, S)
-        done = _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
+            EVICT: tl.constexpr = "" if grad_ptr is None else "evict_last"
+            p = _sweep(line, 0, n_read, given, BLOCK, LANES, EVICT, S)
+        p = _with_edges(p, line, tl.where(line.reads, K, 0), K, given, S)
+        done = _finish(p, line, b_y, i_row, out, given, n_rows, K, scale_stride, others, S)
         if grad_ptr is not None:
             g_start = offset(i_row, n_inner, g_lead, g_outer, g_inner)
             g_main = grad_ptr + main_of(g_start, line.head, g_step, S.VEC, S.G_ALIGNED)
             if ONE_BLOCK:
-                _store_grad(at(g_main, o, g_step), b, o < line.n_main, done, given, S)
+                n_live = tl.where(done.live, line.n_main, 0)
+                _store_grad(at(g_main, o, g_step), b, o < n_live, done, given, S)
+                _store_zeros(at(g_main, o, g_step), (o >= n_live) & (o < line.n_main))
             else:
-                n_blocks = tl.cdiv(line.n_main, BLOCK)
-                for i_block in range(n_blocks):
-                    o_back = (n_blocks - 1 - i_block) * BLOCK + o
-                    b = read(line.groups, o_back, o_back < n_read, given, S.VEC, S)
-                    _store_grad(at(g_main, o_back, g_step), b, o_back < line.n_main, done, given, S)
-            if S.EDGES:
-                _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
+                _store_row(g_main, g_step, line, done, given, BLOCK, S)
+            _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
+            _store_target(grad_ptr + g_start, g_step, line, b_y, line.valid, done, given, S)
 
 
 @compiled_per_structure
 def split_kernel(
     x_ptr, part_ptr, targets, numbers, n_units, n_splits, blocks_per_split, n_inner, K, x_lead, x_outer, x_inner,
-    x_step, t_lead, t_outer, t_inner, t_step, eps_stride, ignore_index, BLOCK: tl.constexpr, S: tl.constexpr,
+    x_step, t_lead, t_outer, t_inner, t_step, eps_stride, ignore_index,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The piece of one of n_splits parts of a row into part (13, N, n_splits): one read of the logits, by more programs
     than there are rows. Part 0 takes the edges."""
@@ -233,10 +281,10 @@ def split_kernel(
         x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
         ignore_index, S,
     )  # fmt: skip
-    p = _edge_piece(line, tl.where(i_split == 0, tl.where(line.reads, K, 0), 0), K, given, S)
     begin = i_split * blocks_per_split * BLOCK
     end = tl.minimum(begin + blocks_per_split * BLOCK, tl.where(line.reads, line.n_main, 0))
-    p = _sweep(p, line, begin, end, given, BLOCK, S)
+    p = _sweep(line, begin, tl.maximum(begin, end), given, BLOCK, LANES, "", S)
+    p = _with_edges(p, line, tl.where(i_split == 0, tl.where(line.reads, K, 0), 0), K, given, S)
     part_ptr += i_unit
     for i_field in tl.static_range(12):
         tl.store(part_ptr + n_units * i_field, p[i_field])
@@ -261,7 +309,7 @@ def merge_kernel(
         x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride,
         ignore_index, S,
     )  # fmt: skip
-    z_y, w_y = _target_class(line, given, S)
+    b_y = _target_class(line, given, S)
     o = tl.arange(0, BLOCK)
     m_o = o < n_splits
     part_ptr += i_row * n_splits + o
@@ -274,7 +322,7 @@ def merge_kernel(
     k = _part(part_ptr, n_units, 12, m_o).to(tl.int32, bitcast=True)
     parts = Piece(m, s, h, h2, e2, n, rest, rest_d, soft, soft_d, plain, plain_d, k)
     p = merge_all(parts, m_o)
-    _finish(p, line, z_y, w_y, i_row, out, given, n_rows, K, scale_stride, others, S)
+    _finish(p, line, b_y, i_row, out, given, n_rows, K, scale_stride, others, S)
 
 
 @compiled_per_structure
@@ -298,13 +346,23 @@ def grad_kernel(
         mass = tl.load(saved_ptr + n_rows.to(tl.int64) * 2 + i_row)
         a, b = weights(line.eps, tl.load(saved_ptr + n_rows.to(tl.int64) * 3 + i_row), others)
         done = _done(line, zmax, logsum, mass, a, b, i_row, given, scale_stride, S)
-        o = (i_chunk * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
-        block = read(line.groups, o, o < tl.where(line.live, line.n_main, 0), given, S.VEC, S)
+        b_y = _target_class(line, given, S)
+        begin = (i_chunk * BLOCK).to(tl.int32)
+        o = begin + tl.arange(0, BLOCK)
+        n_live = tl.where(line.live, line.n_main, 0)
+        block = read(line.groups, o, o < n_live, given, "", S)
         g_start = offset(i_row, n_inner, g_lead, g_outer, g_inner)
         g_main = grad_ptr + main_of(g_start, line.head, g_step, S.VEC, S.G_ALIGNED)
-        _store_grad(at(g_main, o, g_step), block, o < line.n_main, done, given, S)
-        if S.EDGES and i_chunk == 0:
+        if not S.SOFT:  # in row_kernel the sums of the row stand between the reading of the target and any store
+            tl.debug_barrier()
+        _store_grad(at(g_main, o, g_step), block, o < n_live, done, given, S)
+        _store_zeros(at(g_main, o, g_step), (o >= n_live) & (o < line.n_main))
+        y_main = line.y - line.head
+        in_main = (y_main >= 0) & (y_main < line.n_main)
+        if i_chunk == 0:
             _store_edges(grad_ptr + g_start, g_step, line, K, done, given, S)
+        mine = tl.where(in_main, (y_main >= begin) & (y_main < begin + BLOCK), i_chunk == 0)
+        _store_target(grad_ptr + g_start, g_step, line, b_y, mine, done, given, S)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Which form and size of a kernel runs: the only tuning table of this package, and the only place that launches.
 
 The numbers come from ahead-of-time compilation (``tests/aot_check.py``: registers, no spills, 128-bit accesses) and
-from this reasoning: a row is read once where a thread block, or a cluster of up to 16, holds it; an SM should hold two
-programs where it can, so that one loads while the other reduces. On an H100 they are right but not tuned: long rows
-take 1.5 to 2.1 times a copy, bound by instructions and by second reads that miss L2 (docs/gpu.md).
+from this reasoning: a row is read once where a thread block holds it, and an SM should hold two programs where it can,
+so that one loads while the other reduces. The sweeps are as long and as many as those of a prototype were that ran at
+75 to 96 % of a copy on an H100 (docs/gpu.md); these kernels themselves have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -32,11 +32,6 @@ class Machine:
     sms: int
     triton: tuple[int, ...] = TRITON
 
-    @property
-    def clusters(self) -> bool:
-        """Triton 3.6 and 3.7 fail while compiling a reduction over CTAs."""
-        return self.capability[0] in _CLUSTER and self.triton >= (3, 8)
-
 
 _ANY = 2**31 - 1
 
@@ -48,29 +43,42 @@ class Plan:
     form: str
     block: int
     warps: int
-    ctas: int = 1
     programs: int = _ANY  # the grid has at most so many, each takes several units of work
     splits: int = 1
     registers: int | None = None  # at most so many per thread
 
+    def lanes(self, vec: int) -> int:
+        """How many threads have sums of their own, each of groups of ``vec``."""
+        return min(32 * self.warps, self.block // vec)
 
-# Left to itself, the assembler saves registers and spills a word or two with one Triton or the other: hence the limits.
-# Rows of one thread block, read once: largest K, warps, programs per SM, registers
+
+# Rows of one block, read once, by the largest number of classes; programs are those of one SM, here and below.
 _BLOCK = (
-    (1024, 4, 8, None),  # two 128-bit loads per thread in float32, one in half precision
-    (4096, 8, 4, None),
-    (8192, 8, 1, 160),
-    (16384, 16, 1, None),  # 32 values per thread, as before; twice the block spills with Triton 3.6, and on sm_100
+    (1024, Plan("block", 1024, 4, 8)),  # two 128-bit loads per thread in float32, one in half precision
+    (4096, Plan("block", 4096, 8, 4)),
+    (8192, Plan("block", 8192, 8, 2)),
+    (16384, Plan("block", 16384, 16, 1)),  # 32 values per thread, as before
 )
-_WITH_OPTIONS = 2  # so many of them serve options: the others spill, as clusters do
-# Longer rows, read once by a cluster of 2 to 16 thread blocks, by compute capability: elements and warps of each block
-_CLUSTER = {9: (16384, 16), 10: (16384, 32)}  # each spills a word or two with the warps of the other
-_MAX_CTAS = 16
-# bytes: block, warps, programs per SM, registers; larger blocks spill
-_SWEEP = {2: (4096, 16, 3, None), 4: (2048, 8, 5, 48)}
-_SWEEP_WITH_OPTIONS = {2: (2048, 8, 6, None), 4: (512, 4, 4, 128)}
+_WITH_OPTIONS = 2  # so many of them serve options: the others spill
+# Left to itself, the assembler saves registers and spills a word or two with one Triton or the other: hence the limits.
+# Read twice, by the bytes of a class and the largest row in bytes. What the programs of all SMs read is to stay in L2
+# until then; few programs need many threads each.
+_SWEEP = {
+    2: (
+        (2**16, Plan("sweep", 8192, 8, 3, registers=80)),
+        (2**17, Plan("sweep", 8192, 8, 2, registers=128)),
+        (_ANY, Plan("sweep", 16384, 16, 1, registers=128)),
+    ),
+    4: ((_ANY, Plan("sweep", 16384, 16, 1, registers=128)),),
+}
+_SWEEP_WITH_OPTIONS = {  # by how many there are: see row_plan
+    1: {2: Plan("sweep", 8192, 16, 1, registers=128), 4: Plan("sweep", 8192, 16, 1, registers=128)},
+    2: {2: Plan("sweep", 8192, 16, 1, registers=128), 4: Plan("sweep", 8192, 16, 1, registers=128)},
+    3: {2: Plan("sweep", 2048, 8, 1, registers=168), 4: Plan("sweep", 2048, 16, 1, registers=128)},
+}
+_LOSS = Plan("sweep", 4096, 8, 3, registers=80)  # read once in any case: small blocks overlap better
 # bytes: block, warps, programs per SM
-_CHUNK = {2: (4096, 8, 8), 4: (4096, 8, 8)}  # gradient and scale: no reduction, so small blocks and a full SM
+_CHUNK = {2: (8192, 8, 4), 4: (8192, 8, 4)}  # gradient and scale: no reduction; longer ones share what a row takes
 _DISTILL = {2: (2048, 8, 4), 4: (2048, 8, 4)}  # two rows at a time, six sums
 _INTERPRETER = Machine((0, 0), sms=2)  # two programs: a persistent loop is really one
 _forced: dict[str, Any] = {}
@@ -108,41 +116,37 @@ def _settled(plan: Plan, k: int) -> Plan:
     return replace(plan, programs=_ANY) if plan.form == "split" else plan
 
 
-def row_plan(logits: Tensor, *, with_grad: bool, alike: bool, options: int) -> Plan:
-    """The form for logits (..., K); ``alike``: the vectors of a row of the logits are vectors of the gradient too;
-    ``options``: 0 if a row is its logits and two numbers, 1 if its classes differ in being finite, 2 if more
-    than z is read or summed of each, or they are no neighbours."""
+def row_plan(logits: Tensor, *, with_grad: bool, options: int) -> Plan:
+    """The form for logits (..., K); ``options``: 0 if a row is its logits and two numbers, 1 with a mask of classes or
+    a prediction, 2 where a thing or two are read or summed of each class beside that; 3 with more than two, or where
+    classes are no neighbours."""
     machine = machine_of(logits)
-    n, k = logits.shape[:-1].numel(), logits.shape[-1]
+    n, k, itemsize = logits.shape[:-1].numel(), logits.shape[-1], logits.element_size()
     if machine == _INTERPRETER:  # about eight blocks per row at any K, so that small cases take every path
         block = _eighth(k)
         form = "block" if k <= block else "split" if n == 1 else "sweep"
         return _settled(Plan(form, block, 4, programs=machine.sms, splits=4), k)
-    plan = _unsplit(machine, k, logits.element_size(), with_grad, alike, options)
-    block, warps, *_ = (_SWEEP if options < 2 else _SWEEP_WITH_OPTIONS)[logits.element_size()]
-    if 2 * n * plan.ctas <= machine.sms and k > block:  # rows alone would leave more than half of the SMs idle
-        plan = Plan("split", block, warps, splits=-(-2 * machine.sms // n))
-    return _settled(plan, k)
+    once = _LOSS if options < 2 else _SWEEP_WITH_OPTIONS[options][itemsize]
+    if 2 * n <= machine.sms and k > once.block:  # rows alone would leave more than half of the SMs idle
+        return _settled(replace(once, form="split", splits=-(-2 * machine.sms // n)), k)
+    if with_grad or k <= once.block:
+        for largest, plan in _BLOCK[:_WITH_OPTIONS] if options else _BLOCK:
+            if k <= largest:
+                return _settled(_on_all(machine, replace(plan, block=max(128, triton.next_power_of_2(k)))), k)
+        if options:
+            once = _SWEEP_WITH_OPTIONS[options][itemsize]
+        else:
+            once = next(plan for largest, plan in _SWEEP[itemsize] if k * itemsize <= largest)
+    return _settled(_on_all(machine, once), k)
+
+
+def _on_all(machine: Machine, plan: Plan) -> Plan:
+    """A plan whose programs are those of one multiprocessor, for all of them."""
+    return replace(plan, programs=plan.programs * machine.sms)
 
 
 def _eighth(k: int) -> int:
     return max(16, int(triton.next_power_of_2(k)) // 8)
-
-
-def _unsplit(machine: Machine, k: int, itemsize: int, with_grad: bool, alike: bool, options: int) -> Plan:
-    block, warps, per_sm, registers = (_SWEEP if options < 2 else _SWEEP_WITH_OPTIONS)[itemsize]
-    sweep = Plan("sweep", block, warps, programs=machine.sms * per_sm, registers=registers)
-    if not with_grad and k > block:
-        return sweep  # it is read once in any case, and smaller blocks overlap better
-    for largest, warps, per_sm, registers in _BLOCK[:_WITH_OPTIONS] if options else _BLOCK:
-        if k <= largest:
-            block, programs = max(128, triton.next_power_of_2(k)), machine.sms * per_sm
-            return Plan("block", block, warps, programs=programs, registers=registers)
-    if options or not (machine.clusters and alike):
-        return sweep  # a narrow access moves elements between threads first, in a cluster between SMs
-    part, warps = _CLUSTER[machine.capability[0]]
-    ctas = triton.next_power_of_2(k) // part
-    return Plan("block", ctas * part, warps, ctas, machine.sms // ctas) if ctas <= _MAX_CTAS else sweep
 
 
 def merge_plan(n_splits: int) -> Plan:
@@ -154,9 +158,10 @@ def distill_plan(tensor: Tensor, k: int) -> Plan:
     return _plan("sweep", _DISTILL, tensor, k)
 
 
-def chunk_plan(tensor: Tensor, k: int) -> Plan:
-    """Chunks of rows of k elements, for the kernels that only map."""
-    return _plan("chunk", _CHUNK, tensor, k)
+def chunk_plan(tensor: Tensor, k: int, options: int = 0) -> Plan:
+    """Chunks of rows of k elements, for the kernels that only map; ``options`` as in :func:`row_plan`."""
+    plan = _plan("chunk", _CHUNK, tensor, k)
+    return replace(plan, block=min(plan.block, 4096), registers=128) if options == 3 else plan  # else they spill
 
 
 def _plan(form: str, table: dict[int, tuple[int, int, int]], tensor: Tensor, k: int) -> Plan:
@@ -171,7 +176,7 @@ def _plan(form: str, table: dict[int, tuple[int, int, int]], tensor: Tensor, k: 
 def start(kernel: Any, plan: Plan, units: int, arguments: tuple[Any, ...], **constants: Any) -> None:
     """Launch for so many units of work, on the device of the first argument and its current stream."""
     device = arguments[0].device
-    options = {"BLOCK": plan.block, "num_warps": plan.warps, "num_ctas": plan.ctas, "enable_fp_fusion": False}
+    options = {"BLOCK": plan.block, "num_warps": plan.warps, "enable_fp_fusion": False}
     if plan.registers is not None:
         options["maxnreg"] = plan.registers
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

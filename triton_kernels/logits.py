@@ -62,10 +62,9 @@ class _Problem:
     def options(self) -> int:
         """How much a kernel holds of a class beside its logit: see ``launch.row_plan``."""
         call = self.call
-        given = any(value is not None for value in (call.weight, call.prior, *self.numbers[2:]))
-        if given or call.soft or self.n_stats > 1 or self.x.step is not None:
-            return 2
-        return int(call.finite)
+        more = sum(value is not None for value in (call.weight, call.prior, *self.numbers[2:]))
+        more += call.soft + (self.n_stats > 1) + 3 * (self.x.step is not None)
+        return 3 if more > 2 else 2 if more else int(call.finite or self.n_stats > 0)
 
     def structure(self, **more: bool) -> Structure:
         x, call = self.x, self.call
@@ -102,7 +101,7 @@ def _run_forward(logits: Tensor, grad: Tensor | None, call: _Call, n_stats: int)
     if n == 0:
         return results
     problem = _Problem(logits, call, n_stats, grad)
-    plan = launch.row_plan(logits, with_grad=grad is not None, alike=problem.alike, options=problem.options)
+    plan = launch.row_plan(logits, with_grad=grad is not None, options=problem.options)
     if plan.form == "split":
         _run_split(plan, problem, results)
         if grad is not None:
@@ -110,7 +109,8 @@ def _run_forward(logits: Tensor, grad: Tensor | None, call: _Call, n_stats: int)
         return results
     sizes = (n, *problem.layout, *problem.g.layout, *call.strides, call.ignore_index, int(call.others))
     pointers = (problem.x.base, problem.grad, problem.targets, results, problem.numbers)
-    constants: dict[str, Any] = {"ONE_BLOCK": plan.form == "block", "S": problem.structure()}
+    S = problem.structure()
+    constants: dict[str, Any] = {"ONE_BLOCK": plan.form == "block", "LANES": plan.lanes(S.VEC), "S": S}
     launch.start(row_kernel, plan, n, (*pointers, *sizes), **constants)
     return results
 
@@ -123,7 +123,7 @@ def _run_split(plan: launch.Plan, problem: _Problem, results: Results) -> None:
     part = torch.empty((13, n, n_splits), dtype=torch.float32, device=problem.x.base.device)
     pointers: tuple[Any, ...] = (problem.x.base, part, problem.targets, problem.numbers)
     sizes = (n_units, n_splits, blocks_per_split, *problem.layout, call.strides[0], call.ignore_index)
-    launch.start(split_kernel, plan, n_units, (*pointers, *sizes), S=S)
+    launch.start(split_kernel, plan, n_units, (*pointers, *sizes), LANES=plan.lanes(S.VEC), S=S)
     pointers = (problem.x.base, part, problem.targets, results, problem.numbers)
     sizes = (n_units, n_splits, n, *problem.layout, *call.strides, call.ignore_index, int(call.others))
     launch.start(merge_kernel, launch.merge_plan(n_splits), n, (*pointers, *sizes), S=S)
@@ -138,13 +138,14 @@ def _run_backward(logits: Tensor, grad: Tensor, call: _Call, saved: Tensor, of_t
 
 def _launch_backward(logits: Tensor, grad: Tensor, call: _Call, saved: Tensor, of_target: bool = False) -> None:
     problem = _Problem(logits, call, grad=grad)
-    plan = launch.chunk_plan(logits, problem.k)
+    plan = launch.chunk_plan(logits, problem.k, problem.options)
     n_chunks = -(-problem.k // plan.block)
     n_units = problem.n * n_chunks
     pointers = (problem.x.base, problem.grad, problem.targets, saved, problem.numbers)
     sizes = (n_units, n_chunks, problem.n, *problem.layout, *problem.g.layout, *call.strides)
     arguments = (*pointers, *sizes, call.ignore_index, int(call.others))
-    launch.start(grad_kernel, plan, n_units, arguments, S=problem.structure(OF_TARGET=of_target))
+    S = problem.structure(OF_TARGET=of_target)
+    launch.start(grad_kernel, plan, n_units, arguments, S=S)
 
 
 def forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

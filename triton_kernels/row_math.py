@@ -9,10 +9,16 @@ entry of the gradient. e/n is known only after the whole row where n counts fini
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+from __future__ import annotations
+
+import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Structure(NamedTuple):
@@ -77,6 +83,17 @@ class Piece(NamedTuple):
 
 
 @triton.jit
+def exp2(x):
+    """2ˣ as one instruction of the GPU, to 2 ulp, what is below the normal numbers being 0. ``tl.exp`` takes five more
+    for those. The interpreter, which runs no assembler, has its own."""
+    if INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def weights(e, n, others):
     """(a, b) of q = w·(a·t + b·u·c): a = 1 - e, b = e/n; ``others`` spreads over n - 1 classes, without the target."""
     e = tl.where(others != 0, tl.where(n > 1, e * n / (n - 1), 0.0), e)
@@ -90,17 +107,27 @@ def term(weight, value):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1/x as one instruction of the GPU, to 1 ulp."""
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
 def _tanh(y):
-    """(tanh, its slope), from e = exp(-2|y|): the value to two ulp, by a polynomial (Cephes) near 0, where 1 - e would
-    cancel; the slope as 4e/(1 + e)², since 1 - tanh² loses its digits where the slope is small."""
+    """(tanh, its slope), from e = exp(-2|y|): the value to a few ulp, by a polynomial (Cephes) near 0, where 1 - e
+    would cancel; the slope as 4e/(1 + e)², since 1 - tanh² loses its digits where the slope is small."""
     a = tl.abs(y)
-    e = tl.exp(-2.0 * a)
-    r = 1.0 / (1.0 + e)
+    e = exp2(a * (-2.0 * LOG2E))
+    r = _reciprocal(1.0 + e)
     v = y * y
-    near = (((-5.70498872745e-3 * v + 2.06390887954e-2) * v - 5.37397155531e-2) * v + 1.33314422036e-1) * v
-    near = a + a * (v * (near - 3.33332819422e-1))
-    value = tl.where(a < 0.625, near, (1.0 - e) * r)
-    return tl.where(y < 0, -1.0, 1.0) * value, 4.0 * e * r * r
+    near = tl.fma(tl.fma(v, -5.70498872745e-3, 2.06390887954e-2), v, -5.37397155531e-2)
+    near = tl.fma(tl.fma(near, v, 1.33314422036e-1), v, -3.33332819422e-1)
+    value = tl.where(a < 0.625, tl.fma(a * v, near, a), (1.0 - e) * r)
+    return tl.where(y < 0, -value, value), 4.0 * e * r * r
 
 
 @triton.jit
@@ -109,7 +136,7 @@ def transform(x, logit_scale, softcap):
     z = x if logit_scale is None else x * logit_scale
     slope = 1.0
     if softcap is not None:
-        tanh, slope = _tanh(tl.where(z == float("-inf"), 0.0, z / softcap))
+        tanh, slope = _tanh(tl.where(z == float("-inf"), 0.0, z * (1.0 / softcap)))
         z = tl.where(z == float("-inf"), z, softcap * tanh)
     return z, slope
 
@@ -122,7 +149,7 @@ def reference_point(m):
 
 @triton.jit
 def exp_shifted(z, m):
-    return tl.exp(z - reference_point(m))
+    return exp2((z - reference_point(m)) * LOG2E)
 
 
 @triton.jit
@@ -151,6 +178,77 @@ def nothing():
 @triton.jit
 def _sums(b_weight, b_down):
     return tl.sum(b_weight, 0), tl.sum(term(b_weight, b_down), 0)
+
+
+@triton.jit
+def nothing_of(LANES: tl.constexpr):
+    """The pieces of lanes that have seen no class."""
+    zero = tl.zeros([LANES], tl.float32)
+    none = nothing()
+    k = tl.zeros([LANES], tl.int32) + none.k
+    return Piece(zero + none.m, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, k)
+
+
+@triton.jit
+def of_lanes(b, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A block as [., LANES, VEC]: what a thread holds of it, every LANES-th group, stands along the first and the last
+    dimension."""
+    return tl.reshape(b, [b.numel // (LANES * VEC), LANES, VEC])
+
+
+@triton.jit
+def lane_sum(b, LANES: tl.constexpr, VEC: tl.constexpr):
+    return tl.sum(tl.sum(of_lanes(b, LANES, VEC), 2), 0)
+
+
+@triton.jit
+def absorb(p, b, o, m_o, n, LANES: tl.constexpr, VEC: tl.constexpr, S: tl.constexpr):
+    """The pieces p of the lanes with a block merged in, each lane with what it holds of it: none waits for another. o
+    are the classes; m_o, unless None, leaves the first n of them and masks others, which are -inf and weigh 0."""
+    b_z = of_lanes(b.z, LANES, VEC)
+    m = tl.maximum(p.m, tl.max(tl.max(b_z, 2), 0))
+    b_down = b_z - reference_point(m)[None, :, None]
+    b_exp = exp2(b_down * LOG2E)
+    held = o.numel // LANES
+    if m_o is not None:
+        b_mask = of_lanes(m_o, LANES, VEC)
+        b_down = tl.where(b_mask, b_down, 0.0)
+        held = tl.cdiv(tl.maximum(n // VEC - tl.arange(0, LANES), 0), LANES) * VEC
+    r = rescaled(p, m)
+    k, h, h2, e2, covered = r.k, r.h, r.h2, r.e2, r.n
+    soft, soft_d, plain, plain_d = r.soft, r.soft_d, r.plain, r.plain_d
+    if S.STATS > 0:
+        hit = b_z == m[None, :, None]
+        if m_o is not None:
+            hit = hit & b_mask
+        k = tl.min(tl.min(tl.where(hit, of_lanes(o, LANES, VEC), 1073741824), 2), 0)
+        k = tl.where(m > p.m, k, tl.minimum(k, p.k))
+    if S.SPREAD:
+        b_h = term(b_exp, b_down)
+        h += tl.sum(tl.sum(b_h, 2), 0)
+        if S.STATS > 2:
+            h2 += tl.sum(tl.sum(term(b_h, b_down), 2), 0)
+            e2 += tl.sum(tl.sum(b_exp * b_exp, 2), 0)
+    rest, rest_d = r.rest, r.rest_d
+    if S.WEIGHT or S.PRIOR or S.FINITE:
+        b_rest = of_lanes(b.w * spread(b, S), LANES, VEC)
+        rest += tl.sum(tl.sum(b_rest, 2), 0)
+        rest_d += tl.sum(tl.sum(term(b_rest, b_down), 2), 0)
+        if S.FINITE:
+            covered = covered + lane_sum(spread(b, S), LANES, VEC) if S.WEIGHT else rest
+    else:
+        rest += held
+        rest_d += tl.sum(tl.sum(b_down, 2), 0)
+    if S.SOFT:
+        b_soft = of_lanes(b.w * b.t, LANES, VEC)
+        soft += tl.sum(tl.sum(b_soft, 2), 0)
+        soft_d += tl.sum(tl.sum(term(b_soft, b_down), 2), 0)
+        if S.STATS > 0:
+            b_plain = of_lanes(b.t, LANES, VEC)
+            plain += tl.sum(tl.sum(b_plain, 2), 0)
+            plain_d += tl.sum(tl.sum(term(b_plain, b_down), 2), 0)
+    s = r.s + tl.sum(tl.sum(b_exp, 2), 0)
+    return Piece(m, s, h, h2, e2, covered, rest, rest_d, soft, soft_d, plain, plain_d, k)
 
 
 @triton.jit
@@ -265,13 +363,18 @@ def variance(p):
 
 @triton.jit
 def dz(b, row, penalty, S: tl.constexpr):
-    """(M + 2·z_loss·lse + penalty·(H + log p))·p - q, without penalty·log p the first factor being row.mass. A row of
-    all -inf has no p: its zmax is used as it is, so that every entry becomes NaN."""
-    b_log = (b.z - row.zmax) - row.logsum
-    b_mass = row.mass
-    if penalty is not None:
-        b_mass += penalty * tl.where(b_log < -1e4, -1e4, b_log)  # finite where p is 0
-    return b_mass * tl.exp(b_log) - target_weights(b, row.a, row.b, S)
+    """factor·((M + 2·z_loss·lse + penalty·(H + log p))·p - q), without penalty·log p the first one being row.mass. A
+    row of all -inf has no p: its zmax is used as it is, so that every entry becomes NaN."""
+    b_down = b.z - row.zmax
+    b_q = row.factor * target_weights(b, row.a, row.b, S)
+    if penalty is None:
+        b_p = exp2(tl.fma(b_down, LOG2E, -row.logsum * LOG2E))
+        b_dz = tl.fma(b_p, row.factor * row.mass, -b_q)
+    else:
+        b_log = b_down - row.logsum
+        b_mass = row.mass + penalty * tl.where(b_log < -1e4, -1e4, b_log)  # finite where p is 0
+        b_dz = row.factor * b_mass * exp2(b_log * LOG2E) - b_q
+    return b_dz
 
 
 @triton.jit

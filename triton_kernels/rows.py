@@ -100,16 +100,16 @@ class Given(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where classes are read from: pointers to class k, and how far from it the target's class is."""
+    """Where classes are read from: pointers to class k."""
 
     x: Any
     t: Any
     k: Any
-    y: Any
 
 
 class Line(NamedTuple):
-    """A row: its target, and its classes, whole and from the first group of VEC on, which is class ``head``."""
+    """A row: its target, and its classes, whole and from the first group of VEC on, which is class ``head``; y is -1
+    unless valid, so that no address is made from it unchecked."""
 
     live: Any
     """not ignored"""
@@ -117,6 +117,7 @@ class Line(NamedTuple):
     """live, or read for its statistics"""
     valid: Any
     eps: Any
+    y: Any
     whole: Any
     groups: Any
     head: Any
@@ -168,18 +169,10 @@ def at(ptr, o, step):
 
 
 @triton.jit
-def equals(o, position, VEC: tl.constexpr):
-    """o == position, group by group and lane by lane: the lanes are constants, so a persistent loop over rows keeps VEC
-    times fewer loop-invariant registers than for the comparison itself, which makes long blocks spill."""
-    return (o // VEC == position // VEC) & (o % VEC == position % VEC)
-
-
-@triton.jit
 def line_of(
     x_ptr, given, i_row, n_inner, K, x_lead, x_outer, x_inner, t_lead, t_outer, t_inner, eps_stride, ignore_index,
     S: tl.constexpr,
 ):  # fmt: skip
-    """The row; its y is -1 unless valid, so that no address is made from it unchecked."""
     targets, eps = given.targets, given.numbers.eps
     y = -1
     every = i_row >= 0
@@ -198,27 +191,36 @@ def line_of(
     head, first, n_main = cut(start, K, S.VEC, S.EDGES)
     t_main = main_of(t_start, head, given.t_step, S.VEC, S.T_ALIGNED)
     zero = 0
-    whole = Source(x_ptr + start, targets.target + t_start, zero, y)
-    groups = Source(x_ptr + first, targets.target + t_main, head, y - head)
-    return Line(live, reads, valid, eps, whole, groups, head, n_main)
+    whole = Source(x_ptr + start, targets.target + t_start, zero)
+    groups = Source(x_ptr + first, targets.target + t_main, head)
+    return Line(live, reads, valid, eps, y, whole, groups, head, n_main)
 
 
 @triton.jit
-def read(source, o, m_o, given, VEC: tl.constexpr, S: tl.constexpr):
-    """The classes at positions o: z is -inf and the rest 0 where masked."""
-    targets, numbers = given.targets, given.numbers
-    b_x = tl.load(at(source.x, o, given.x_step), mask=m_o, other=float("-inf")).to(tl.float32)
-    b_z, b_slope = transform(b_x, numbers.logit_scale, numbers.softcap)
-    if numbers.logit_scale is not None:  # may be 0 or negative
-        b_z = tl.where(m_o, b_z, float("-inf"))
-    if S.SOFT:
-        b_t = tl.load(at(source.t, o, given.t_step), mask=m_o, other=0.0).to(tl.float32)
+def _load(ptr, m_o, other, EVICT: tl.constexpr):
+    if m_o is None:
+        b = tl.load(ptr, eviction_policy=EVICT)
     else:
-        b_t = equals(o, source.y, VEC)
+        b = tl.load(ptr, mask=m_o, other=other, eviction_policy=EVICT)
+    return b
+
+
+@triton.jit
+def read(source, o, m_o, given, EVICT: tl.constexpr, S: tl.constexpr):
+    """The classes at positions o, none of them the target's unless that is a probability of each: z is -inf and the
+    rest 0 where masked. EVICT: "evict_last" for logits that are read again."""
+    targets, numbers = given.targets, given.numbers
+    b_x = _load(at(source.x, o, given.x_step), m_o, float("-inf"), EVICT).to(tl.float32)
+    b_z, b_slope = transform(b_x, numbers.logit_scale, numbers.softcap)
+    if numbers.logit_scale is not None and m_o is not None:  # it may be 0 or negative
+        b_z = tl.where(m_o, b_z, float("-inf"))
+    b_t = False
+    if S.SOFT:
+        b_t = _load(at(source.t, o, given.t_step), m_o, 0.0, EVICT).to(tl.float32)
     b_w = 1.0
     b_u = 1.0
     if S.WEIGHT:
-        b_w = tl.load(targets.weight + source.k + o, mask=m_o, other=0.0)
+        b_w = _load(targets.weight + source.k + o, m_o, 0.0, "")
     if S.PRIOR:
-        b_u = tl.load(targets.prior + source.k + o, mask=m_o, other=0.0)
+        b_u = _load(targets.prior + source.k + o, m_o, 0.0, "")
     return Block(b_z, b_t, b_w, b_u, b_slope)
