@@ -68,7 +68,7 @@ struct Call {
     return target == nullptr || ignored(row) || (target[row] >= 0 && target[row] < k);
   }
   LSK_MEMBER double factor() const { return wide ? logit_scale : float(logit_scale); }  // the scale in the arithmetic
-  // The CPU's kernels of the logits as they lie know a positive factor.
+  // The kernels of the logits as they lie know a positive factor.
   LSK_MEMBER bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The CPU's kernels of the logits' own dtype suffice.
   LSK_MEMBER bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
@@ -79,8 +79,8 @@ struct Call {
   }
   // The sums of Spread are asked for.
   LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }
-  // More than an index target and a scale: for the kernels of a GPU.
-  bool general() const { return target == nullptr || rest || finite || softcap != 0 || spreads() || grad_of_target; }
+  // More than an index target and a positive scale: for the kernels of a GPU.
+  bool general() const { return target == nullptr || rest || finite || transforms() || spreads() || grad_of_target; }
   template <class V>
   LSK_MEMBER Weights<V> row_weights(int64_t row, V count) const {
     return weights(eps.get<V>(row), count, others);
@@ -104,7 +104,7 @@ struct Call {
             s.best};
   }
 
-  template <class V>
+  template <bool kSpreads = true, class V>  // not: none of Spread's is asked for
   LSK_MEMBER void store(int64_t row, const RowEnd<V>& r) const {
     const bool none = unread(row), out = ignored(row), good = valid(row);
     zmax.set(row, none ? V(0) : r.zmax);
@@ -113,9 +113,11 @@ struct Call {
     count.set(row, none ? V(0) : r.count);
     loss.set(row, out ? V(0) : good ? r.loss : V(NAN));
     nll.set(row, out ? V(0) : good ? r.nll : V(NAN));
-    entropy.set(row, r.entropy);
-    variance.set(row, r.variance);
-    collision.set(row, r.collision);
+    if (kSpreads) {
+      entropy.set(row, r.entropy);
+      variance.set(row, r.variance);
+      collision.set(row, r.collision);
+    }
     if (prediction != nullptr) prediction[row] = r.best < k ? r.best : k - 1;  // NaNs have no maximum
   }
 };

@@ -11,6 +11,7 @@ from cases import loss_and_grad
 from conftest import HAS_CUDA, skip_unless_available
 from covering import Mode
 from cuda_shim import build
+from rule import Problem, expect, judge_grad, judge_loss, judge_stats
 
 import labelsmooth_kernels as lsk
 from labelsmooth_kernels import backends
@@ -28,37 +29,80 @@ def races(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_no_thread_races_another() -> None:
     done = races("races", "all" if Mode.whole else "few")
     assert done.returncode == 0, done.stderr[:4000]
-    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"rows", "on chip", "split"}
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"rows", "on chip", "cluster", "split"}
 
 
 @pytest.fixture
-def refusals() -> Iterator[Any]:
-    """Switches that make launches fail."""
+def switches() -> Iterator[Any]:
+    """What the GPU that the threads stand for refuses, and what it has room for."""
     if HAS_CUDA:
         pytest.skip("a GPU launches")
     skip_unless_available("cuda")
-    switches = torch.ops.labelsmooth_cuda_shim
-    yield switches
-    switches.refuse_launches(False)
-    switches.refuse_clusters(False)
+    shim = torch.ops.labelsmooth_cuda_shim
+    yield shim
+    shim.refuse_launches(False)
+    shim.resize(0, 0, 0)
 
 
-def test_a_launch_that_fails_is_told_with_its_sizes(refusals: Any) -> None:
-    refusals.refuse_launches(True)
-    message = "the loss of 6 rows of 37 float32 classes: row_kernel.*: a launch of 6 blocks of 64 threads"
+def test_a_launch_that_fails_is_told_with_its_sizes(switches: Any) -> None:
+    switches.refuse_launches(True)
+    message = "the loss of 6 rows of 37 float32 classes: cluster_kernel: a launch of 6 blocks of 64 threads"
     with pytest.raises(RuntimeError, match=message):
         lsk.cross_entropy(torch.randn(6, 37, requires_grad=True), torch.arange(6), backend="cuda")
 
 
-def test_rows_do_without_a_cluster_that_has_no_room(refusals: Any) -> None:
-    """90 classes lie in the shared memory of two blocks, or are read twice by one."""
+@pytest.mark.parametrize(
+    ("part", "largest", "capability", "form"),
+    [
+        (512, 1, 90, "1 cluster_kernel"),
+        (256, 2, 90, "2 cluster_kernel"),
+        (256, 1, 90, "1 row_kernel"),
+        (512, 0, 90, "1 row_kernel"),
+        (512, 0, 80, "row_kernel, on chip"),
+    ],
+)
+def test_forms_of_one_row_agree(switches: Any, part: int, largest: int, capability: int, form: str) -> None:
+    """90 classes are read twice, or lie in the shared memory of one block or two."""
     x, y = torch.randn(6, 90), torch.arange(6)
-    results = []
-    for refuse in (False, True):
-        refusals.refuse_clusters(refuse)
-        results.append(loss_and_grad(("cuda", "cpu"), x, y, label_smoothing=0.1))
-    for got, want in zip(*results, strict=True):
+    wanted = loss_and_grad(("reference", "cpu"), x, y, label_smoothing=0.1)
+    switches.resize(part, largest, capability)
+    for got, want in zip(loss_and_grad(("cuda", "cpu"), x, y, label_smoothing=0.1), wanted, strict=True):
         torch.testing.assert_close(got, want)
+    assert switches.launched().split("\n")[0].endswith(form)
+
+
+# Bytes of a row in a block, which takes 4096 at a time; blocks of a cluster; whether they are copied by a thread each.
+HELD = [(1 << 14, 1, 90), (1 << 13, 2, 90), (1 << 12, 4, 90), (1 << 11, 8, 90), (1 << 14, 0, 80)]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "z_loss": 1e-2}], ids=["plain", "options"])
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 4096), (torch.float32, 3701), (torch.bfloat16, 7993)])
+@pytest.mark.parametrize(("part", "largest", "capability"), HELD)
+def test_rows_that_arrive_in_batches(
+    switches: Any, part: int, largest: int, capability: int, dtype: torch.dtype, k: int, options: dict[str, float]
+) -> None:
+    """Batches that are full, cut short and empty, unaligned rows, the target first, last and at every border."""
+    y = torch.tensor([0, 1, k - 1, k - 2, k // 2, 7, -100, 5])
+    x = torch.randn(len(y), k).mul_(3).to(dtype)
+    x[4, k - 3] = x[4, k // 3] = 40.0  # the first of two maxima is the prediction
+    x[5] = -torch.inf
+    x[5, 7] = 0.0
+    problem = Problem(x, y, {"label_smoothing": 0.1 * (y != 7), **options})
+    ones = torch.ones(len(y), dtype=torch.float64)
+    want = expect(problem, ones)
+    switches.resize(part, largest, capability)
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        loss, stats = lsk.cross_entropy(
+            leaf, y, backend="cuda", reduction="sum", return_stats=True, inplace=inplace, **problem.options
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        judge_loss(want, loss, ones)
+        judge_grad(problem, want, grad)
+        judge_stats(problem, stats)
+        kernel = "row_kernel, on chip" if capability == 80 else "cluster_kernel"
+        blocks, _, _, cluster, name = switches.launched().splitlines()[0].split(" ", 4)
+        assert (int(blocks), int(cluster), name) == (len(y) * max(largest, 1), max(largest, 1), kernel)
 
 
 def test_a_missing_barrier_is_a_race() -> None:

@@ -136,7 +136,8 @@ def test_launches_of_forward_and_backward(backend: str) -> None:
     if backend == host.CUDA and (reason := build.missing()):
         pytest.skip(reason)
     expected = {"mean": (22, 9), "sum": (18, 4), "no reduction": (16, 2), "mean, fp16": (22, 10)}
-    expected["mean, long rows"] = (22, 11)  # too few for all multiprocessors: parts of rows, their merge, the gradient
+    # Too few rows for all multiprocessors: parts of rows, their merge and the gradient, or in C++ wider clusters.
+    expected["mean, long rows"] = (22, 11 if backend == host.TRITON else 9)
     found = {row.case.partition(", ")[2]: row for row in counts() if row.provider == backend}
     assert {name: row.refused or row.count for name, row in found.items()} == {
         name: pair[backend != host.EAGER] for name, pair in expected.items()

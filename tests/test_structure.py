@@ -135,16 +135,15 @@ def python_functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def c_functions(text: str) -> Iterator[tuple[str, int]]:
-    """Blocks that begin and end in the first column, as clang-format leaves every function outside a class."""
-    begin = None
+    """Blocks that end as far to the left as they begin, as clang-format leaves functions and those of a class."""
+    begin, indent = None, ""
     for i, line in enumerate(text.splitlines()):
-        if re.match(r"[A-Za-z].*\{$|  +.*\) \{$", line) and not re.match(
-            r"(namespace|struct|extern|enum|class)\b", line
-        ):
-            begin = i if begin is None else begin
-        elif line.startswith("}") and begin is not None:
-            yield f"line {begin + 1}", i - begin - 1
-            begin = None
+        if begin is not None:
+            if line.startswith(indent + "}"):
+                yield f"line {begin + 1}", i - begin - 1
+                begin = None
+        elif found := re.match(r"( *)(?!namespace|struct|extern|enum|class|union)[A-Za-z].*\{$|( +)\S.*\) \{$", line):
+            begin, indent = i, found[1] or found[2] or ""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -3,22 +3,42 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <array>
-#include <atomic>
+#include <map>
+#include <mutex>
 
 #include "../operands.h"
 #include "run.h"
 
 namespace lsk {
 
+namespace {
+
+int attribute(cudaDeviceAttr name, int index) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
+  return value;
+}
+
+// Asked once for each GPU, the first time that one of its tensors comes: the current GPU is `index`.
+const Device& known(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> devices;  // whose elements stay where they are
+  const std::lock_guard<std::mutex> guard(mutex);
+  const auto [found, fresh] = devices.try_emplace(index);
+  Device& device = found->second;
+  if (!fresh) return device;
+  device.capability = compiled_capability();
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  device.room(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  count_clusters(device);
+  return device;
+}
+
+}  // namespace
+
 int cuda_capability(int index) {
-  static std::array<std::atomic<int>, 64> known = {};  // capability + 1
-  const bool keeps = index < static_cast<int>(known.size());
-  if (keeps && known[index] > 0) return known[index] - 1;
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(index));
-  const int capability = compiled_capability();
-  if (keeps) known[index] = capability + 1;
-  return capability;
+  return known(index).capability;
 }
 
 namespace {
@@ -49,21 +69,12 @@ struct Cuda {
  private:
   struct Here {
     const c10::cuda::CUDAGuard guard;
-    Device device;
+    const Device& device;
     void* const stream;
 
-    explicit Here(const Tensor& t) : guard(t.device()), stream(c10::cuda::getCurrentCUDAStream()) {
-      const int index = t.get_device();
-      device.capability = cuda_capability(index);
-      TORCH_CHECK(device.capability > 0, "the CUDA kernels were not compiled for GPU ", index);
-      device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
-      device.room(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
-    }
-
-    static int attribute(cudaDeviceAttr name, int index) {
-      int value = 0;
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
-      return value;
+    explicit Here(const Tensor& t)
+        : guard(t.device()), device(known(t.get_device())), stream(c10::cuda::getCurrentCUDAStream()) {
+      TORCH_CHECK(device.capability > 0, "the CUDA kernels were not compiled for GPU ", t.get_device());
     }
   };
 };

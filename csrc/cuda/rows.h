@@ -1,4 +1,4 @@
-// A row of logits on a GPU: how its threads read it, what they sum and what they write. The formulas are row_math.h's.
+// A row of logits on a GPU: how its threads read it and write its gradient.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -37,6 +37,8 @@ constexpr Dtype kDtypeOf<BFloat16> = kBFloat16;
 template <>
 constexpr Dtype kDtypeOf<double> = kFloat64;
 
+constexpr double kLog2e = 1.4426950408889634;
+
 template <class T>  // elements of one access
 constexpr int kLanes = 16 / sizeof(T);
 
@@ -46,6 +48,7 @@ struct Lanes {
   V v[N];
 };
 #define LSK_LANES(j) _Pragma("unroll") for (int j = 0; j < N; ++j)
+#define LSK_GROUPS(c) _Pragma("unroll") for (int c = 0; c < C; ++c)
 
 template <class T>
 LSK_DEVICE Lanes<Acc<T>, kLanes<T>> unpack(Bits16 bits) {
@@ -60,10 +63,16 @@ LSK_DEVICE Lanes<Acc<T>, kLanes<T>> unpack(Bits16 bits) {
 template <class T>
 LSK_DEVICE Bits16 pack(const Lanes<Acc<T>, kLanes<T>>& x) {
   constexpr int N = kLanes<T>;
-  T elements[N];
-  LSK_LANES(j) elements[j] = static_cast<T>(x.v[j]);
   Bits16 bits;
-  memcpy(&bits, elements, sizeof bits);
+  if constexpr (sizeof(T) == 2) {
+    uint32_t words[4];
+    _Pragma("unroll") for (int i = 0; i < 4; ++i) words[i] = rounded_pair(T(), x.v[2 * i], x.v[2 * i + 1]);
+    memcpy(&bits, words, sizeof bits);
+  } else {
+    T elements[N];
+    LSK_LANES(j) elements[j] = static_cast<T>(x.v[j]);
+    memcpy(&bits, elements, sizeof bits);
+  }
   return bits;
 }
 
@@ -165,7 +174,10 @@ struct Given {
         cap(static_cast<V>(c.softcap)),
         capped(kGeneral && c.softcap != 0) {}
 
+  // z is what the sums take of a logit x, times unit(): the scale waits for the sum that it can be fused with.
+  __device__ V unit() const { return kGeneral ? V(1) : scale; }
   __device__ V transformed(V x) const {
+    if (!kGeneral) return x;
     const V z = x * scale;
     return !capped || z == -V(INFINITY) ? z : cap * tanh(z / cap);
   }
@@ -201,152 +213,6 @@ struct Given {
   }
 };
 
-template <class V>
-LSK_DEVICE void count(Moments<V>& m, V weight, V dev) {
-  m.mass += weight;
-  m.dev += weighted(weight, dev);
-}
-
-template <class V>
-LSK_DEVICE void count(Spread<V>& s, V e, V dev, bool all) {
-  const V first = weighted(e, dev);
-  s.first += first;
-  if (!all) return;
-  s.second += weighted(first, dev);
-  s.square += e * e;
-}
-
-// The sums of one thread. That of exponentials is held in two numbers: beside the 1 of a maximum each of thousands of
-// small terms would be rounded, and they are all that the loss of a confident row consists of.
-template <class T, bool kGeneral>
-class Sums {
- public:
-  using V = Acc<T>;
-
-  __device__ Stats<V> stats() const {
-    Stats<V> all = s;
-    all.sum += low;
-    return all;
-  }
-
-  template <int N>
-  __device__ void add(const Lanes<V, N>& x, int64_t k, const Given<T, kGeneral>& given) {
-    V z[N], top = -V(INFINITY);
-    LSK_LANES(j) {
-      z[j] = given.transformed(x.v[j]);
-      top = z[j] > top ? z[j] : top;
-    }
-    if (top > s.max) {
-      low = rescale(low, s.max, top);
-      s = seen_from(s, top);
-      if (!kGeneral) s.spread = {0, 0, 0};  // as it was, which the compiler does not see
-      int first = 0;
-      for (int j = N - 1; j >= 0; --j) first = z[j] == top ? j : first;
-      s.best = k + first;
-    } else if (N == 1 && top == s.max && k < s.best) {
-      s.best = k;  // an edge in front of the vectors, which were summed before
-    }
-    const V shift = origin(s.max);
-    if (kGeneral) return add_general<N>(z, shift, k, given);
-    V sum = 0, dev = 0;  // of few terms, so that the long sums have fewer
-    LSK_LANES(j) {
-      sum += exp(z[j] - shift);
-      dev += z[j] - shift;
-    }
-    add_exact(sum);
-    s.rest.dev += dev;
-    s.rest.mass += N;
-  }
-
- private:
-  Stats<V> s = no_stats<V>();
-  V low = 0;  // what rounding lost of s.sum
-
-  __device__ void add_exact(V x) {
-    const V sum = s.sum + x, of_x = sum - s.sum;
-    low += (s.sum - (sum - of_x)) + (x - of_x);
-    s.sum = sum;
-  }
-  template <int N>
-  __device__ void add_general(const V* z, V shift, int64_t k, const Given<T, kGeneral>& given) {
-    const Call& call = given.call;
-    const Lanes<V, N> rest = given.template of<N>(call.rest, k);
-    V sum = 0;
-    LSK_LANES(j) {
-      const V dev = z[j] - shift, e = exp(dev);
-      sum += e;
-      count(s.spread, e, dev, bool(call.variance));
-      count(s.rest, call.finite && z[j] == -V(INFINITY) ? V(0) : rest.v[j], dev);
-    }
-    add_exact(sum);
-    if (call.finite) {
-      const Lanes<V, N> prior = given.template of<N>(call.prior, k);
-      LSK_LANES(j) s.cover += z[j] == -V(INFINITY) ? V(0) : prior.v[j];
-    }
-    if (!call.probabilities) return;
-    const Lanes<V, N> t = given.template t<N>(k), w = given.template of<N>(call.weight, k);
-    LSK_LANES(j) {
-      count(s.t, t.v[j], z[j] - shift);
-      count(s.wt, w.v[j] * t.v[j], z[j] - shift);
-    }
-  }
-};
-
-// What the gradient of a row needs to know of all of it.
-template <class T, bool kGeneral>
-struct Rule {
-  using V = Acc<T>;
-  const Given<T, kGeneral>& given;
-  V zmax, logsum, mass, factor, a_y, a, b;
-  int64_t y;
-  bool zero;
-
-  __device__ Rule(const Given<T, kGeneral>& g, int64_t row, V zmax_, V logsum_, V mass_, V count)
-      : given(g), zmax(zmax_), logsum(logsum_), mass(mass_), y(-1), zero(g.call.ignored(row)) {
-    const Call& call = g.call;
-    const Weights<V> w = call.row_weights<V>(row, count);
-    const bool good = call.valid(row);
-    a = w.a;
-    b = w.b;
-    factor = good ? call.scale.get<V>(row) : V(NAN);
-    if (!(kGeneral && call.grad_of_target)) factor *= given.scale;
-    mass += 2 * static_cast<V>(call.z_loss) * (zmax + logsum);
-    if (call.target != nullptr && good) y = call.target[row];
-    a_y = kGeneral && call.target != nullptr && good && !zero ? a * call.weight.get<V>(y) : a;
-  }
-
-  template <int N>
-  __device__ Lanes<V, N> at(const Lanes<V, N>& x, int64_t k) const {
-    Lanes<V, N> q = {}, g, t = {}, w = {};
-    const Call& call = given.call;
-    if (kGeneral) {
-      q = given.template of<N>(call.rest, k);
-      if (call.probabilities) t = given.template t<N>(k), w = given.template of<N>(call.weight, k);
-    }
-    V z[N];
-    LSK_LANES(j) {
-      z[j] = given.transformed(x.v[j]);
-      q.v[j] = kGeneral ? (call.finite && z[j] == -V(INFINITY) ? V(0) : b * q.v[j]) : b;
-      if (kGeneral && call.probabilities) q.v[j] += a * (w.v[j] * t.v[j]);
-    }
-    const uint64_t hot = static_cast<uint64_t>(y - k);  // one comparison for most vectors; huge where y < k
-    if (hot < N) LSK_LANES(j) q.v[j] += j == int(hot) ? a_y : V(0);
-    LSK_LANES(j) {
-      const V logp = log_p(z[j], V(1), zmax, logsum), p = exp(logp);
-      const V d = kGeneral && call.penalty != 0 ? dz(mass, surprise(logp), p, q.v[j]) : dz(mass, p, q.v[j]);
-      g.v[j] = zero ? V(0) : factor * d * given.slope(x.v[j]);
-      if (kGeneral && call.grad_of_target) {
-        const V down = q.v[j] == 0 && z[j] == -V(INFINITY) ? V(0) : z[j] - zmax;
-        g.v[j] = factor * a * w.v[j] * (logsum - down);
-      }
-    }
-    return g;
-  }
-
- private:
-  __device__ V surprise(V logp) const { return static_cast<V>(given.call.penalty) * (logp < -V(1e4) ? -V(1e4) : logp); }
-};
-
 // Where the gradient of a row goes.
 template <class T>
 struct Output {
@@ -358,8 +224,7 @@ struct Output {
         wide_accesses(view.dtype == kDtypeOf<T> && view.class_stride == 1 &&
                       aligned(row.data + line.head * sizeof(T))) {}
 
-  __device__ void store(int64_t k, const Lanes<Acc<T>, kLanes<T>>& g) const {
-    if (wide_accesses) return store16(row.data + k * sizeof(T), pack<T>(g));
+  __device__ void store_one_by_one(int64_t k, const Lanes<Acc<T>, kLanes<T>>& g) const {
     constexpr int N = kLanes<T>;
     LSK_LANES(j) row.store(k + j, g.v[j]);
   }

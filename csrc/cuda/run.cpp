@@ -15,8 +15,8 @@ constexpr int64_t kScaleBlocks = 32;  // to a multiprocessor: where the scale is
 
 int64_t ratio_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Grid grid_of(int64_t blocks, int threads, int cluster = 1, int64_t shared_bytes = kSlotBytes) {
-  return {std::min(blocks, kMostBlocks / cluster) * cluster, threads, cluster, shared_bytes, shared_bytes};
+Grid grid_of(int64_t blocks, int threads) {
+  return {std::min(blocks, kMostBlocks), threads, 1, kSlotBytes, kSlotBytes};
 }
 
 template <class F>
@@ -47,6 +47,19 @@ void with_shape(const char* what, int64_t n, int64_t k, Dtype dtype, const F& f)
 
 }  // namespace
 
+// How many blocks share a row on chip; 0 where it does not fit. The fewest, as a GPU full of rows is fastest with;
+// where rows are few, twice as many as long as all of them run at a time.
+int cluster_of(const Call& call, const Device& device) {
+  int found = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int blocks = 1 << i;
+    const int64_t part = 16 * vectors_of_part(call.k * call.logits.element, blocks);
+    if (device.clusters[i] == 0 || part > device.part_bytes || call.n > kMostBlocks / blocks) continue;
+    if (found == 0 || (call.n <= device.clusters[i] && part >= device.least_bytes)) found = blocks;
+  }
+  return found;
+}
+
 Plan forward_plan(const Call& call, const Device& device) {
   const int64_t element = call.logits.element, bytes = call.k * element;
   Plan plan;
@@ -55,22 +68,30 @@ Plan forward_plan(const Call& call, const Device& device) {
     plan.grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
     return plan;
   }
-  const bool reads_twice = bool(call.grad), wide_accesses = call.logits.class_stride == 1;
-  int cluster = 1;
-  if (reads_twice && wide_accesses && element < 8 && bytes <= device.on_chip_bytes()) {
-    while (cluster * device.part_bytes < bytes) cluster *= 2;
-    plan.form = Plan::kOnChip;
-  }
   plan.team_threads = device.threads;
-  if (2 * call.n * cluster > device.multiprocessors || bytes < 2 * device.unit_bytes) {
-    const int64_t part = ratio_up(ratio_up(bytes, 16), cluster) * 16;
-    plan.grid = grid_of(call.n, device.threads, cluster, kSlotBytes + (plan.form == Plan::kOnChip ? part : 0));
-    plan.grid.most_shared_bytes = kSlotBytes + device.part_bytes;
-    plan.second_grid = grid_of(call.n, device.threads);
+  // On chip a row is read once for both; the copies are of adjacent classes, and there is no such kernel of float64.
+  const bool may_stay = call.grad && call.logits.class_stride == 1 && element < 8;
+  if (const int blocks = may_stay ? cluster_of(call, device) : 0; blocks > 0) {
+    plan.form = Plan::kCluster;
+    plan.grid = largest_cluster(blocks, device);
+    plan.grid.blocks = call.n * blocks;
+    plan.each = vectors_of_part(bytes, blocks);
+    plan.grid.shared_bytes = kMailboxBytes + 16 * plan.each;
+    return plan;
+  }
+  if (2 * call.n > device.multiprocessors || bytes < 2 * device.unit_bytes) {
+    plan.grid = grid_of(call.n, device.threads);
+    if (may_stay && device.capability >= 80 && device.capability < 90 && bytes <= device.part_bytes) {
+      plan.form = Plan::kOnChip;
+      plan.grid.shared_bytes = kSlotBytes + ratio_up(bytes, 16) * 16;
+      plan.grid.most_shared_bytes = kSlotBytes + device.part_bytes;
+    }
     return plan;
   }
   plan.form = Plan::kSplit;
-  plan.parts = std::min(ratio_up(2 * device.multiprocessors, call.n), ratio_up(bytes, device.unit_bytes));
+  plan.parts =
+      static_cast<int>(std::min(ratio_up(2 * device.multiprocessors, call.n), ratio_up(bytes, device.unit_bytes)));
+  plan.each = vectors_of_part(bytes, plan.parts);
   plan.grid = grid_of(call.n * plan.parts, device.threads);
   plan.second_grid = grid_of(ratio_up(call.n, device.few_threads / kWarp), device.few_threads);
   plan.workspace_bytes = call.n * plan.parts * int64_t(call.wide ? sizeof(Stats<double>) : sizeof(Stats<float>));
@@ -81,7 +102,8 @@ Plan part_plan(int64_t n, int64_t k, int64_t element, const Device& device) {
   Plan plan;
   const bool few = k * element <= device.warp_bytes;
   plan.team_threads = few ? kWarp : device.threads;
-  plan.parts = ratio_up(k * element, device.unit_bytes);
+  plan.parts = static_cast<int>(ratio_up(k * element, device.unit_bytes));
+  plan.each = vectors_of_part(k * element, plan.parts);
   plan.grid = few ? grid_of(ratio_up(n, device.few_threads / kWarp), device.few_threads)
                   : grid_of(n * plan.parts, device.threads);
   return plan;
@@ -111,7 +133,8 @@ void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const 
       grad.class_stride == 1 && grad.row_stride == k && (n == grad.inner || grad.outer_stride == grad.inner * k);
   if (dense && n > 1) return gpu_scale(grad, 1, n * k, scale, device, stream);  // short rows would leave threads idle
   Plan plan;
-  plan.parts = ratio_up(k * grad.element, device.unit_bytes);
+  plan.parts = static_cast<int>(ratio_up(k * grad.element, device.unit_bytes));
+  plan.each = vectors_of_part(k * grad.element, plan.parts);
   plan.grid = grid_of(std::min(n * plan.parts, kScaleBlocks * device.multiprocessors), device.threads);
   with_shape("the scaled gradient", n, k, grad.dtype, [&] {
     for_dtype(grad.dtype, [&](auto zero) { scale_of<decltype(zero)>(grad, scale, n, k, plan, stream); });

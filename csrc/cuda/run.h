@@ -15,6 +15,8 @@ void gpu_scale(const View& grad, int64_t n, int64_t k, const void* scale, const 
 // Of the code for the current GPU; 0 where the kernels were not compiled for it.
 int compiled_capability();
 int cuda_capability(int index);  // the same of a GPU by its number
+// How many clusters of 1, 2, 4 and 8 blocks the current GPU runs at a time; none where the code has no clusters.
+void count_clusters(Device& device);
 
 // Of one dtype; instantiated in a translation unit each.
 template <class T>

@@ -1,18 +1,25 @@
 // The functions of csrc/cuda/device.h on a CPU, for tests: a thread per CUDA thread, real barriers.
 //
-// Modelled: threads, warps of 32 that exchange values, blocks, clusters whose blocks read each other's shared memory,
-// shared memory that is NaNs before a block writes it and after the block ends, asynchronous copies (none is done
+// Modelled: threads, warps of 32 that exchange values, blocks, clusters whose blocks write to each other's shared
+// memory, which is NaNs before a block writes it and after the block ends, asynchronous copies and sends (none is done
 // before it is waited for), alignment of 16-byte accesses. Not modelled: several clusters at a time, the weak order of
 // memory, divergence inside a warp, the GPU's exp and log, limits on registers and shared memory, and speed.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
+#include <barrier>
 #include <deque>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -23,6 +30,7 @@
 #define __device__
 #define LSK_DEVICE static inline
 #define LSK_KERNEL(blocks) void
+#define LSK_HAS_CLUSTERS 1
 
 namespace lsk {
 
@@ -48,14 +56,25 @@ struct Block {
   struct alignas(16) Line {
     unsigned char bytes[16];
   };
+  // On its way to this block's shared memory, until somebody waits for its arrival.
+  struct Delivery {
+    const void* arrival;
+    void* to;
+    const void* from;        // read as late as it is written, or
+    std::vector<char> sent;  // sent along
+    int bytes;
+  };
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Line> shared;
+  std::mutex mutex;
+  std::vector<Delivery> deliveries;
 };
 
 struct Cluster {
-  explicit Cluster(int threads) : barrier(threads) {}
+  explicit Cluster(int threads) : barrier(threads), peers(threads) {}
   Barrier barrier;
+  std::barrier<> peers;
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
@@ -72,6 +91,7 @@ LSK_DEVICE int thread_id() { return here.thread; }
 LSK_DEVICE int block_threads() { return here.threads; }
 LSK_DEVICE int64_t block_id() { return here.block; }
 LSK_DEVICE int64_t grid_blocks() { return here.blocks; }
+LSK_DEVICE int64_t cluster_id() { return here.block / static_cast<int>(here.cluster->blocks.size()); }
 LSK_DEVICE int cluster_rank() { return here.rank; }
 LSK_DEVICE int cluster_size() { return static_cast<int>(here.cluster->blocks.size()); }
 
@@ -81,15 +101,7 @@ LSK_DEVICE void block_barrier() {}
 #else
 LSK_DEVICE void block_barrier() { here.own().barrier.wait(); }
 #endif
-LSK_DEVICE void cluster_barrier() { here.cluster->barrier.wait(); }
-
 LSK_DEVICE char* shared_memory() { return reinterpret_cast<char*>(here.own().shared.data()); }
-
-template <class S>
-LSK_DEVICE S of_peer(S* shared, int rank) {
-  const auto offset = reinterpret_cast<char*>(shared) - shared_memory();
-  return *reinterpret_cast<S*>(reinterpret_cast<char*>(here.cluster->blocks[rank]->shared.data()) + offset);
-}
 
 template <class S>
 LSK_DEVICE S exchange(S x, int mask) {
@@ -100,6 +112,22 @@ LSK_DEVICE S exchange(S x, int mask) {
   warp.barrier.wait();
   memcpy(&x, values[here.thread % 32 ^ mask], sizeof x);
   return x;
+}
+
+LSK_DEVICE float power_of_2(float x) { return exp2f(x); }
+LSK_DEVICE double power_of_2(double x) { return exp2(x); }
+template <class V>
+LSK_DEVICE V warp_max(V x) {
+  for (int mask = 16; mask > 0; mask /= 2) x = fmax(x, exchange(x, mask));
+  return x;
+}
+
+template <class T>
+LSK_DEVICE uint32_t rounded_pair(T, float low, float high) {
+  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
+  uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  return word;
 }
 
 struct alignas(16) Bits16 {
@@ -116,6 +144,7 @@ LSK_DEVICE void store16(void* p, Bits16 x) {
   check_aligned(p);
   *static_cast<Bits16*>(p) = x;
 }
+constexpr bool kCopiesOnChip = true;
 // As late as a GPU may: what is not waited for has not come.
 inline thread_local std::deque<std::vector<std::pair<void*, const void*>>> batches(1);
 LSK_DEVICE void copy16(void* shared, const void* p) { batches.back().emplace_back(shared, p); }
@@ -126,26 +155,84 @@ LSK_DEVICE void wait_for_batch() {
     for (const auto& [shared, p] : batches.front()) store16(shared, load16(p));
 }
 
+// A barrier in shared memory that counts bytes: what is expected less what has come, and a mark until `expect`.
+using Arrival = int64_t;
+constexpr Arrival kUntold = Arrival(1) << 40;
+LSK_DEVICE std::atomic_ref<Arrival> counter(Arrival* a) { return std::atomic_ref<Arrival>(*a); }
+LSK_DEVICE void start_arrival(Arrival* a) { counter(a) = kUntold; }
+LSK_DEVICE void arrivals_are_started() {}
+LSK_DEVICE void expect(Arrival* a, int bytes) { counter(a) += bytes - kUntold; }
+LSK_DEVICE void check_started(Arrival* a) {
+  if (counter(a) < 0 || counter(a) > 2 * kUntold) abort();  // the memory of a block that has not begun, or has ended
+}
+LSK_DEVICE void deliver_to(Block& block, Block::Delivery delivery, Arrival* a) {
+  check_aligned(delivery.to);
+  check_started(a);
+  const std::lock_guard<std::mutex> guard(block.mutex);
+  block.deliveries.push_back(std::move(delivery));
+}
+LSK_DEVICE void copy_bulk(void* shared, const void* p, int bytes, Arrival* a) {
+  check_aligned(p);
+  expect(a, bytes);
+  deliver_to(here.own(), {a, shared, p, {}, bytes}, a);
+}
+LSK_DEVICE void send16(void* shared, Bits16 x, int rank, Arrival* a) {
+  Block& peer = *here.cluster->blocks[rank];
+  const auto there = [&](void* p) {
+    return reinterpret_cast<char*>(peer.shared.data()) + (static_cast<char*>(p) - shared_memory());
+  };
+  const char* bytes = reinterpret_cast<const char*>(&x);
+  auto* arrival = reinterpret_cast<Arrival*>(there(a));
+  deliver_to(peer, {arrival, there(shared), nullptr, {bytes, bytes + sizeof x}, sizeof x}, arrival);
+}
+LSK_DEVICE void wait(Arrival* a) {
+  while (true) {
+    {
+      const std::lock_guard<std::mutex> guard(here.own().mutex);
+      auto& all = here.own().deliveries;
+      for (auto& d : all) {
+        if (d.arrival != a) continue;
+        memcpy(d.to, d.from != nullptr ? d.from : d.sent.data(), d.bytes);
+        counter(a) -= d.bytes;
+      }
+      std::erase_if(all, [&](const auto& d) { return d.arrival == a; });
+    }
+    if (counter(a) == 0) return;
+    std::this_thread::yield();
+  }
+}
+LSK_DEVICE void wait_for_peers(Arrival* a) { wait(a); }
+inline thread_local std::optional<std::barrier<>::arrival_token> arrived;
+LSK_DEVICE void cluster_arrive() { arrived = here.cluster->peers.arrive(); }
+LSK_DEVICE void cluster_wait() { here.cluster->peers.wait(std::move(*arrived)); }
+
 template <class... Parameters>
 int compiled_for(void (*)(Parameters...)) {
   return 90;
 }
 
-// As a GPU would that cannot launch anything, or has no room for a cluster.
-inline bool refuse_launches = false, refuse_clusters = false;
-// Launches are written down instead of run.
+// As a GPU would that cannot launch anything.
+inline bool refuse_launches = false;
+// Launches are written down, or that instead of run.
 struct Launched {
   std::string kernel;
   Grid grid;
 };
-inline bool only_write_down = false;
+inline bool write_down = false, only_write_down = false;
 inline std::vector<Launched> written_down;
+
+template <class... Parameters>
+int clusters_at_a_time(void (*)(Parameters...), const Grid& grid) {
+  return 1000 / grid.cluster;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, Arguments... arguments) {
-  if (refuse_launches || grid.blocks <= 0 || grid.blocks % grid.cluster != 0 || grid.threads % 32 != 0)
+  if (refuse_launches || grid.blocks <= 0 || grid.shared_bytes > grid.most_shared_bytes ||
+      grid.blocks % grid.cluster != 0 || grid.threads % 32 != 0)
     throw std::runtime_error(refused(name, grid) + "refused");
-  if (only_write_down) return written_down.push_back({name, grid});
+  if (write_down) written_down.push_back({name, grid});
+  if (only_write_down) return;
   Cluster cluster(grid.cluster * grid.threads);
   for (int rank = 0; rank < grid.cluster; ++rank)
     cluster.blocks.push_back(std::make_unique<Block>(grid.threads, grid.shared_bytes));
@@ -165,14 +252,6 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, void*, A
         }
       });
   for (std::thread& thread : threads) thread.join();
-}
-
-template <class... Parameters, class... Arguments>
-bool launch_if_it_fits(const char* name, void (*kernel)(Parameters...), Grid grid, void* stream,
-                       Arguments... arguments) {
-  if (refuse_clusters && grid.cluster > 1) return false;
-  launch(name, kernel, grid, stream, arguments...);
-  return true;
 }
 
 }  // namespace lsk

@@ -59,7 +59,7 @@ void run(Dtype dtype, int64_t n, int64_t k, int64_t shift, bool general, const D
   call.logsum = column(saved, n);
   call.mass = column(saved, 2 * n);
   call.count = column(saved, 3 * n);
-  const char* const forms[] = {"rows", "on chip", "split"};
+  const char* const forms[] = {"rows", "on chip", "cluster", "split"};
   const char* form = forms[forward_plan(call, device).form];
   gpu_forward(call, device, nullptr, allocate);
   gpu_backward(call, device, nullptr);
@@ -80,16 +80,17 @@ int main(int arguments, char** argument) {
   device.threads = device.few_threads = 64;
   device.warp_bytes = 64;
   device.part_bytes = device.unit_bytes = 256;
-  device.max_cluster = 2;
+  device.least_bytes = 128;
   if (asked == "one") {  // a block of two warps, on one row after the other
     device.capability = 75;
     return run<float, float>(kFloat32, 3, 400, 0, false, device), 0;
   }
-  for (int capability : {75, 90})
+  for (int capability : {75, 80, 90})
     for (bool general : {false, true})
       for (int64_t n : {1, 3}) {
         const int pair = 2 * (general != (capability == 90)) + ((n == 3) != (capability == 90));  // of opposites
         device.capability = capability;
+        device.clusters[0] = capability == 90 ? 4 : 0, device.clusters[1] = capability == 90 ? 2 : 0;
         int quarter = 0;
         for (int64_t k : {9, 61, 100, 400}) {
           auto chosen = [&] { return asked == "all" || quarter++ % 4 == pair; };
@@ -100,4 +101,6 @@ int main(int arguments, char** argument) {
           if (chosen()) run<double, double>(kFloat64, n, k, 1, general, device);
         }
       }
+  device.part_bytes = 1 << 13;  // in several batches, the last of them not full, in clusters of two blocks and in one
+  for (int64_t k : {1801, 3701}) run<float, float>(kFloat32, 2, k, 1, false, device);
 }
