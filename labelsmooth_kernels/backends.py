@@ -129,7 +129,7 @@ def _load_triton() -> str | None:
     if torch.cuda.is_available():
         if torch.version.hip is not None:
             return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm"
-        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        oldest = oldest_capability()
         least = LEAST_CAPABILITY["triton"]
         if oldest < least:
             found, needed = (".".join(map(str, version)) for version in (oldest, least))
@@ -159,9 +159,6 @@ BACKENDS = {
         Backend(
             "cpu", "C++ kernels, SIMD and threads", ("cpu",), FLOAT_DTYPES, EVERY_OPTION, _load_cpu, ops.define("cpu")
         ),
-        # Before Triton, where it was built. On an H100 (8e5be69, 1f59dfd, 2026-11-27), K = 32,000 to 128,256, forward
-        # and backward took 0.89 to 1.01 of Triton's time in bfloat16 and float32, 1.05 in float16, and a call 0.83 ms
-        # of the host for 1.4, which decides where rows are few. It also serves float64.
         Backend(
             "cuda",
             "CUDA C++ kernels",
@@ -183,6 +180,26 @@ BACKENDS = {
         Backend("reference", "plain PyTorch", None, FLOAT_DTYPES, None, lambda: None, None),
     )
 }
+
+
+CUDA_BEFORE_TRITON = (9, 0)
+"""The oldest GPUs on which CUDA C++ comes before Triton where both can serve a call. From there on it reads a row once,
+which Triton cannot without clusters: predicted from the machine code and from a prototype on an H100 (docs/gpu.md), not
+measured. Before, both read it twice, and Triton's launch plans follow the GPU."""
+
+
+def oldest_capability() -> tuple[int, int]:
+    """Of the machine's GPUs."""
+    return min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+
+
+def _in_order(device: str) -> list[Backend]:
+    """The backends as they are asked for a call that names none."""
+    order = list(BACKENDS.values())
+    if device == "cuda" and not BACKENDS["cuda"].unavailable() and oldest_capability() < CUDA_BEFORE_TRITON:
+        order.sort(key=lambda backend: backend.name == "cuda")  # behind Triton, and behind the reference:
+        order.sort(key=lambda backend: backend.devices is None)  # which stays the last
+    return order
 
 
 @functools.cache
@@ -209,7 +226,7 @@ def _choose(device: str, dtype: torch.dtype, features: frozenset[str], named: st
             raise ArgumentError(f"backend={named!r} cannot serve this call: {'; '.join(reasons)}")
         return named
     refused = []
-    for backend in BACKENDS.values():
+    for backend in _in_order(device):
         if backend.devices is not None and backend.devices[0] != device:
             continue  # the interpreter serves CPU tensors only where it is named
         reasons = backend.why_not(device, dtype, features)

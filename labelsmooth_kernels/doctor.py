@@ -99,7 +99,7 @@ def _missing() -> list[Missing]:
     if reason := backends.BACKENDS["cpu"].unavailable():
         found.append(Missing("the C++ kernels for the CPU", reason, _COST.format("CPU"), _BUILD.format("cpu")))
     if torch.cuda.is_available() and torch.version.hip is None:
-        oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        oldest = backends.oldest_capability()
         able = [name for name, least in backends.LEAST_CAPABILITY.items() if oldest >= least]
         reasons = [f"{name}: {reason}" for name in able if (reason := backends.BACKENDS[name].unavailable())]
         if able and len(reasons) == len(able):

@@ -3,6 +3,7 @@ are in test_tiled."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -92,12 +93,16 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(op, (hidden, weight, bias, *row, *last))
 
 
-def test_the_tiled_path_is_not_left_to_a_backend_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU where every backend works, the first of them has no tiled kernels."""
+@pytest.mark.parametrize(("oldest", "first"), [((7, 5), "triton"), ((8, 9), "triton"), ((9, 0), "cuda"), ((12, 0), "cuda")])
+def test_the_order_of_backends_on_a_gpu(oldest: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every backend works. CUDA C++ has no tiled kernels, Triton none of float64."""
     monkeypatch.setattr(backends.Backend, "unavailable", lambda self: None)
-    choose = backends._choose.__wrapped__
-    assert choose("cuda", torch.bfloat16, frozenset({"index target"}), None) == "cuda"
-    assert choose("cuda", torch.bfloat16, frozenset({"index target"}) | backends.TILED, None) == "triton"
+    monkeypatch.setattr(backends, "oldest_capability", lambda: oldest)
+    choose = functools.partial(backends._choose.__wrapped__, "cuda")
+    assert choose(torch.bfloat16, frozenset({"index target"}), None) == first
+    assert choose(torch.bfloat16, frozenset({"index target"}) | backends.TILED, None) == "triton"
+    assert choose(torch.float64, frozenset({"index target"}), None) == "cuda"
+    assert choose(torch.bfloat16, frozenset({"gradient of label_smoothing"}), None) == "reference"
 
 
 @pytest.mark.parametrize(("method", "needed"), [("tiled", backends.TILED), ("chunked", frozenset())])

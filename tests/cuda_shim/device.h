@@ -114,7 +114,19 @@ LSK_DEVICE S exchange(S x, int mask) {
   return x;
 }
 
-LSK_DEVICE float power_of_2(float x) { return exp2f(x); }
+// Units in the last place by which a float's power is off where a GPU's may be; 3: 2 up or down, by its last bit.
+inline int ulps_of_powers = 0;
+LSK_DEVICE float power_of_2(float x) {
+  const float y = exp2f(x);
+  if (ulps_of_powers == 0 || y == 1 || !(y < 0x1p127f)) return y;
+  if (y < 0x1p-126f) return 0;
+  int32_t bits;
+  memcpy(&bits, &y, sizeof y);
+  bits += ulps_of_powers == 3 ? (bits & 1 ? 2 : -2) : ulps_of_powers;
+  float off;
+  memcpy(&off, &bits, sizeof off);
+  return off;
+}
 LSK_DEVICE double power_of_2(double x) { return exp2(x); }
 template <class V>
 LSK_DEVICE V warp_max(V x) {

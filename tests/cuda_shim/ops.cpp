@@ -92,6 +92,7 @@ TORCH_LIBRARY_IMPL(labelsmooth_kernels, CPU, m) { implement<Shim>(m, "cuda"); }
 
 TORCH_LIBRARY(labelsmooth_cuda_shim, m) {
   m.def("refuse_launches(bool refuse) -> ()", [](bool refuse) { refuse_launches = refuse; });
+  m.def("worsen(int ulps) -> ()", [](int64_t ulps) { ulps_of_powers = static_cast<int>(ulps); });
   m.def("resize(int part_bytes, int largest_cluster, int capability) -> ()", resize);
   m.def("pretend(int capability, int multiprocessors, int shared_bytes) -> ()", pretend);
   m.def("launched() -> str", launched);
