@@ -93,7 +93,10 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(op, (hidden, weight, bias, *row, *last))
 
 
-@pytest.mark.parametrize(("oldest", "first"), [((7, 5), "triton"), ((8, 9), "triton"), ((9, 0), "cuda"), ((12, 0), "cuda")])
+FIRST = [((7, 5), "triton"), ((8, 9), "triton"), ((9, 0), "cuda"), ((12, 0), "cuda")]
+
+
+@pytest.mark.parametrize(("oldest", "first"), FIRST)
 def test_the_order_of_backends_on_a_gpu(oldest: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every backend works. CUDA C++ has no tiled kernels, Triton none of float64."""
     monkeypatch.setattr(backends.Backend, "unavailable", lambda self: None)
