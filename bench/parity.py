@@ -28,8 +28,12 @@ from .linear import ours as our_head
 from .logits import Logits, ours
 
 GROUP = "parity"
-# Warps to a row, blocks to a row, unaligned rows, few rows, rows on chip, rows of a cluster.
-SHAPES = ((6, 37), (64, 1000), (300, 50257), (3, 128256), (300, 4096), (300, 32000), (300, 128256))
+# Warps to a row, blocks to a row, unaligned rows, few rows, one block and a cluster to a row, and rows that no cluster
+# holds: few, which are cut into parts, and many, which are read twice.
+SHAPES = (
+    *((6, 37), (64, 1000), (300, 50257), (3, 128256), (300, 4096), (300, 32000), (300, 128256)),
+    *((3, 600_001), (140, 300_000)),
+)
 HEADS = ((512, 5000, 64), (512, 32000, 512))
 SMALL, SMALL_HEADS = ((6, 37), (5, 1000)), ((256, 500, 16),)
 HEAD = "head"

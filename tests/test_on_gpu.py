@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cases import Place
 
 pytestmark = pytest.mark.skipif(not HAS_CUDA, reason="needs an NVIDIA GPU")
-SIZES = [(6, 37), (64, 1000), (3, 128_256), (300, 50_257)]  # warps, blocks, few rows, rows on chip with edges
+SIZES = [(6, 37), (64, 1000), (3, 128_256), (3, 600_001), (300, 50_257)]  # warps, blocks, few rows, parts, edges
 
 
 def step(place: Place, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
