@@ -68,7 +68,7 @@ struct Call {
     return target == nullptr || ignored(row) || (target[row] >= 0 && target[row] < k);
   }
   LSK_MEMBER double factor() const { return wide ? logit_scale : float(logit_scale); }  // the scale in the arithmetic
-  // The kernels of the logits as they lie know a positive factor.
+  // The CPU's kernels of the logits as they lie know a positive factor.
   LSK_MEMBER bool transforms() const { return softcap != 0 || !(factor() > 0); }
   // The CPU's kernels of the logits' own dtype suffice.
   LSK_MEMBER bool simple() const { return target != nullptr && !finite && !transforms() && !spreads(); }
@@ -79,8 +79,10 @@ struct Call {
   }
   // The sums of Spread are asked for.
   LSK_MEMBER bool spreads() const { return entropy || penalty != 0; }
-  // More than an index target and a positive scale: for the kernels of a GPU.
-  bool general() const { return target == nullptr || rest || finite || transforms() || spreads() || grad_of_target; }
+  // More than an index target: for the kernels of a GPU.
+  bool general() const {
+    return target == nullptr || rest || finite || transforms() || factor() != 1 || spreads() || grad_of_target;
+  }
   template <class V>
   LSK_MEMBER Weights<V> row_weights(int64_t row, V count) const {
     return weights(eps.get<V>(row), count, others);

@@ -170,8 +170,8 @@ def compare(reports: list[Report], path: Path) -> list[str]:
     """How the kernels differ from their lines of the table; those that another compiler made have none there."""
     with path.open(newline="") as file:
         held = {tuple(line[:3]): line for line in list(csv.reader(file))[1:]}
-    if not any(key[0] == reports[0].nvcc for key in held):
-        print(f"{path.name} is of another compiler than {reports[0].nvcc}: not compared")
+    if not any(key[0] == report.nvcc for key in held for report in reports[:1]):
+        print(f"{path.name} is of another compiler: not compared")
         return []
     found = {tuple(line[:3]): line for line in lines_of(reports)}
     changed = [key for key in found.keys() & held.keys() if found[key] != held[key]]

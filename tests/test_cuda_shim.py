@@ -87,6 +87,7 @@ def test_rows_that_arrive_in_batches(
     x[4, k - 3] = x[4, k // 3] = 40.0  # the first of two maxima is the prediction
     x[5] = -torch.inf
     x[5, 7] = 0.0
+    x[6, 0] = x[6, k // 2] = x[6, k - 1] = 41.0  # one may lie in front of the vectors, one behind
     problem = Problem(x, y, {"label_smoothing": 0.1 * (y != 7), **options})
     ones = torch.ones(len(y), dtype=torch.float64)
     want = expect(problem, ones)

@@ -144,3 +144,21 @@ def test_smoothing_over_finite_classes_wants_a_mask_of_minus_infinity(place: Pla
     found, wrong = (lsk.cross_entropy(m, y, smooth_over="finite", **call) for m in masked)
     torch.testing.assert_close(found, rest, rtol=1e-5, atol=0)
     assert wrong.item() > 0.1 * 7 / 11 * -least * 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.001, 1 / 3, 0.7])
+def test_a_scale_of_huge_logits(fast_place: Place, scale: float, dtype: torch.dtype) -> None:
+    """Products are rounded before the maximum is taken from them: beside it, what rounding leaves is not small. Masked
+    classes, alone in what a thread sees and together, and rows of one huge number."""
+    x, y = draw(fast_place, 6, 96, dtype=dtype)
+    least = torch.finfo(dtype).min
+    x[0, 5], x[1, 16:], x[2], x[3], x[4] = least, least, least, 1e10, -1e12
+    y[:6] = torch.tensor([7, 3, 40, 95, 0, 50], device=y.device)
+    for inside in (x, x.t().contiguous().t()):
+        # Without smoothing: masked classes, of which the loss then takes nothing.
+        got = loss_and_grad(fast_place, inside.clone(), y, reduction="sum", logit_scale=scale)
+        want = loss_and_grad(("reference", x.device.type), x.double(), y, reduction="sum", logit_scale=scale)
+        assert got[0].isfinite()
+        torch.testing.assert_close(got[0].double(), want[0], rtol=2**-20, atol=0)
+        torch.testing.assert_close(got[1].double(), want[1], rtol=2**-7, atol=2**-12)

@@ -114,8 +114,8 @@ LSK_DEVICE uint32_t rounded_pair(c10::Half, float low, float high) {
   return word;
 }
 
-// What blocks of a cluster need, from compute capability 9.0 on. The instructions and their scopes are those of
-// bench/prototypes/cluster_row.cu, which an H100 has run.
+// What blocks of a cluster need, from compute capability 9.0 on. The instructions and their scopes are those of the
+// prototype that an H100 has run (docs/gpu.md).
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define LSK_HAS_CLUSTERS 1
 // In shared memory: who waits for it passes when all the bytes it was told to expect have come. Used once.

@@ -24,14 +24,14 @@ const Device& known(int index) {
   static std::mutex mutex;
   static std::map<int, Device> devices;  // whose elements stay where they are
   const std::lock_guard<std::mutex> guard(mutex);
-  const auto [found, fresh] = devices.try_emplace(index);
-  Device& device = found->second;
-  if (!fresh) return device;
+  const auto found = devices.find(index);
+  if (found != devices.end()) return found->second;
+  Device device;
   device.capability = compiled_capability();
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   device.room(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
   count_clusters(device);
-  return device;
+  return devices.emplace(index, device).first->second;
 }
 
 }  // namespace

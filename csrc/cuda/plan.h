@@ -8,12 +8,14 @@
 namespace lsk {
 
 constexpr int kWarp = 32, kMaxThreads = 256;
-// Of shared memory, in front of what else lies there: the sums of each warp of a block, and of the block.
-constexpr int64_t kSlotBytes = (kMaxThreads / kWarp + 1) * int64_t(sizeof(Stats<double>)) / 16 * 16 + 16;
+// Of shared memory, in front of what else lies there: the sums of each warp of a block.
+constexpr int64_t kSlotBytes = kMaxThreads / kWarp * int64_t(sizeof(Stats<double>));
+static_assert(kSlotBytes % 16 == 0, "what lies behind is accessed by 16 bytes");
 
 // A row comes on chip in batches, of each of which a thread takes kInBatch accesses of 16 bytes: it is summed while the
 // next ones arrive.
 constexpr int kBatches = 4, kInBatch = 4;
+constexpr int64_t kMostOnChip = int64_t(kBatches) * kInBatch * kMaxThreads * 16;
 // In front of a row that a cluster holds: what each of its warps sends to each of its blocks, and who waits for that.
 constexpr int kMostCluster = 8;  // the largest that every GPU with clusters launches
 constexpr int kMostLetters = kMostCluster * kMaxThreads / kWarp;
@@ -26,19 +28,19 @@ inline int64_t vectors_of_part(int64_t bytes, int64_t parts) {
 }
 
 // The device, and the numbers that a choice depends on. They follow from the shared memory and the registers of a
-// multiprocessor, which two blocks and more should share, so that one loads while another computes; an H100 has
-// measured what they lead to (docs/gpu.md), not others beside them. The tests choose smaller ones, to take every path
-// with few threads.
+// multiprocessor, which two blocks and more should share, so that one loads while another computes; for clusters they
+// are in the range that was best on an H100 (docs/gpu.md). The tests choose smaller ones, to take every path with few
+// threads.
 struct Device {
   int capability = 0;  // that the running code was compiled for, 90 for 9.0
   int multiprocessors = 1;
-  int threads = 256;              // of a block
-  int few_threads = 128;          // of a block whose warps take a row each
-  int64_t warp_bytes = 1 << 14;   // of such a row: 32 accesses of 16 bytes by each thread
-  int64_t part_bytes = 1 << 16;   // of a row in a block's shared memory, which three blocks should share; see room()
-  int64_t least_bytes = 1 << 14;  // of a row in a block of a cluster, if more blocks are taken than hold it: a batch
-  int64_t unit_bytes = 1 << 15;   // that a block takes of a row where rows are cut: 8 accesses by each thread
-  int clusters[4] = {};           // of 1, 2, 4 and 8 blocks that run at a time, each block with part_bytes of a row
+  int threads = 256;                 // of a block
+  int few_threads = 128;             // of a block whose warps take a row each
+  int64_t warp_bytes = 1 << 14;      // of such a row: 32 accesses of 16 bytes by each thread
+  int64_t part_bytes = kMostOnChip;  // of a row in a block's shared memory, which three blocks should share; see room()
+  int64_t least_bytes = 1 << 14;     // of a row in a block of a cluster, if more blocks are taken than hold it: a batch
+  int64_t unit_bytes = 1 << 15;      // that a block takes of a row where rows are cut: 8 accesses by each thread
+  int clusters[4] = {};              // of 1, 2, 4 and 8 blocks that run at a time, each block with part_bytes of a row
 
   // What of a row a block holds where a multiprocessor has so much shared memory.
   void room(int64_t shared_bytes) {

@@ -174,8 +174,6 @@ struct Given {
         cap(static_cast<V>(c.softcap)),
         capped(kGeneral && c.softcap != 0) {}
 
-  // z is what the sums take of a logit x, times unit(): the scale waits for the sum that it can be fused with.
-  __device__ V unit() const { return kGeneral ? V(1) : scale; }
   __device__ V transformed(V x) const {
     if (!kGeneral) return x;
     const V z = x * scale;

@@ -31,8 +31,8 @@ struct Rule {
     if (kGeneral) return with_options(x, k, 0);
     Lanes<V, N> g;
     LSK_LANES(j) {
-      const V down = fma(x.v[j], given.scale, -zmax);
-      g.v[j] = fma(power_of_2(fma(down, V(kLog2e), shift)), of_p, -of_rest);
+      const V p = power_of_2(fma(x.v[j] - zmax, V(kLog2e), shift));
+      g.v[j] = fma(p, of_p, -of_rest);
     }
     return g;
   }

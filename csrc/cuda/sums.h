@@ -53,13 +53,13 @@ class Sums {
       if (i >= count) continue;
       const Lanes<V, N> x = unpack<T>(load(i));
       for (int j = N - 1; j >= 0; --j)
-        if (given.transformed(x.v[j]) * given.unit() == s.max) s.best = k + int64_t(i) * N + j;
+        if (given.transformed(x.v[j]) == s.max) s.best = k + int64_t(i) * N + j;
     }
   }
   // An edge, after the vectors; it may come before them in the row.
   __device__ void add_one(V x, int64_t k, const Given<T, kGeneral>& given) {
     const V z[1][1] = {{given.transformed(x)}};
-    const bool as_high = z[0][0] * given.unit() == s.max;
+    const bool as_high = z[0][0] == s.max;
     if (add_groups(z, k, 0, given) || (as_high && k < s.best)) s.best = k;
   }
 
@@ -73,7 +73,7 @@ class Sums {
   __device__ bool add_groups(const V (&z)[C][N], int64_t k, int64_t step, const Given<T, kGeneral>& given) {
     V top = -V(INFINITY);
     LSK_GROUPS(c) LSK_LANES(j) top = fmax(top, z[c][j]);  // not a NaN, which the sums will show
-    const V unit = given.unit(), max = fmax(s.max, top * unit);
+    const V max = fmax(s.max, top);
     const bool higher = max > s.max;
     const V shift = origin(max), by = origin(s.max) - shift, factor = power_of_2((s.max - shift) * V(kLog2e));
     if (kGeneral && given.call.spreads()) s.spread = spread_from(s.spread, s.sum, s.max, max);
@@ -86,7 +86,7 @@ class Sums {
     LSK_GROUPS(c) {
       V sum = 0, dev = 0, down[N];
       LSK_LANES(j) {
-        down[j] = fma(z[c][j], unit, -shift);
+        down[j] = z[c][j] - shift;
         const V e = power_of_2(down[j] * V(kLog2e));
         sum += e;
         dev += down[j];
@@ -173,7 +173,7 @@ struct Hot {
   __device__ void join(Stats<V>& s) const {
     if (y < 0) return;
     const V w = kGeneral ? given.call.weight.template get<V>(y) : V(1);
-    const V down = fma(given.transformed(x), given.unit(), -origin(s.max));
+    const V down = given.transformed(x) - origin(s.max);
     s.t = {1, down};
     s.wt = {w, weighted(w, down)};
   }
