@@ -81,23 +81,13 @@ constexpr bool kCopiesOnChip = true;
 constexpr bool kCopiesOnChip = false;
 #endif
 LSK_DEVICE void copy16(void* shared, const void* p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
-#else
-  *static_cast<Bits16*>(shared) = load16(p);
-#endif
 }
-LSK_DEVICE void end_batch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+LSK_DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLater>  // until no more than the kLater last batches of this thread are on their way
 LSK_DEVICE void wait_for_batch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
-#endif
 }
 
 // Two numbers of 2 bytes in a word.

@@ -208,18 +208,18 @@ scale_kernel(const View grad, const Acc<T>* scale, const int64_t n, const int64_
     const Part part = part_of(line.vectors, each, static_cast<unsigned>(unit % parts), parts);
     const Output<T> out(grad, line, row);
     const T* first = line.vector(part.begin);
-    for_stores<2>(line, part, out, [&](auto store, auto most) {
-      for_vectors<decltype(most)::value>(rank, part.count, threads,
-                                         [&](int i, auto together) {  // more of them spill on sm_100
-                                           constexpr int C = decltype(together)::value;
-                                           Bits16 bits[C];
-                                           LSK_GROUPS(c) bits[c] = load16(first + int64_t(i + c * threads) * kLanes<T>);
-                                           LSK_GROUPS(c) {
-                                             Lanes<Acc<T>, kLanes<T>> g = unpack<T>(bits[c]);
-                                             _Pragma("unroll") for (int j = 0; j < kLanes<T>; ++j) g.v[j] *= factor;
-                                             store(i + c * threads, g);
-                                           }
-                                         });
+    for_stores<2>(line, part, out, [&](auto store, auto most) {  // more of them at a time spill on sm_100
+      const auto scale_vectors = [&](int i, auto together) {
+        constexpr int C = decltype(together)::value;
+        Bits16 bits[C];
+        LSK_GROUPS(c) bits[c] = load16(first + int64_t(i + c * threads) * kLanes<T>);
+        LSK_GROUPS(c) {
+          Lanes<Acc<T>, kLanes<T>> g = unpack<T>(bits[c]);
+          _Pragma("unroll") for (int j = 0; j < kLanes<T>; ++j) g.v[j] *= factor;
+          store(i + c * threads, g);
+        }
+      };
+      for_vectors<decltype(most)::value>(rank, part.count, threads, scale_vectors);
     });
     for_edges(line, part, rank, threads, [&](int64_t k) { out.row.store(k, line.at(k) * factor); });
   }
